@@ -1,0 +1,45 @@
+# make book | test | serve | bench: each makes .venv first where it is missing or out of date.
+PYTHON ?= python3
+PORT ?= 8000
+BIN := .venv/bin
+PY := $(BIN)/python
+READY := .venv/.ready
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup book test serve bench clean
+
+help:
+	@echo "make setup   the environment in .venv, from requirements.lock"
+	@echo "make book    run the chapters and render the book to _build/html"
+	@echo "make test    everything that is checked"
+	@echo "make serve   the book on http://localhost:$(PORT)"
+	@echo "make bench   the speed of a training step, to _build/bench.json"
+	@echo "make clean   remove what was built, .venv excepted"
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) must be Python 3.11 or newer with its venv module: name another with 'make PYTHON=...'" >&2; exit 1; }
+	@[ -x $(PY) ] || $(PYTHON) -m venv .venv
+	@echo "Installing what requirements.lock names (some 6 GB, PyTorch with CUDA among it) into .venv"
+	@$(PY) -m pip install --quiet --require-hashes -r requirements.lock
+	@$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+book: $(READY)
+	@$(BIN)/jupyter-book build -n .
+	@echo "The book is at file://$(CURDIR)/_build/html/index.html"
+
+test: $(READY)
+	@$(PY) -m pytest
+
+serve: book
+	@$(PY) -m http.server --directory _build/html $(PORT)
+
+bench: $(READY)
+	@$(PY) tests/bench.py
+
+clean:
+	rm -rf _build build dist *.egg-info

@@ -1,0 +1,190 @@
+"""Show nbdev notebooks as pages: their directives act, but are not printed.
+
+Takes the place of MyST-NB's notebook reader. Besides, it makes the build see what decides a page's
+outputs (the package, the recorded results, the data), marks the cells that the package is made of,
+and puts MathJax beside the pages, so that a page asks no other host for anything.
+"""
+
+import contextlib
+import hashlib
+import inspect
+import os
+import re
+import shutil
+import sys
+from importlib.metadata import distribution
+from pathlib import Path
+
+import nbformat
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "convmixer_edu"
+DIRECTIVE = re.compile(r"\s*#\s*\|\s*(?P<name>[\w-]+):?\s*(?P<value>.*?)\s*$")
+EXPORTS = {"export", "exporti", "exports"}
+HIDDEN = {"hide", "default_exp"}
+TAGS = {  # (directive, value) -> the tag that MyST-NB knows
+    ("echo", "false"): "remove-input",
+    ("output", "false"): "remove-output",
+    ("eval", "false"): "skip-execution",
+}
+
+
+def read(text, digest="", skip=()):
+    """Return the notebook in `text`, its nbdev directives turned into cell tags.
+
+    Cells that call `nbdev_export()` are dropped; a directive that has no meaning here is an error.
+    """
+    notebook = nbformat.reads(text, as_version=4)
+    module, cells = None, []
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            directives, cell.source = split_directives(cell.source)
+            module = directives.get("default_exp", module)
+            if "nbdev_export()" in cell.source or not cell.source:
+                continue
+            tags = list(cell.metadata.get("tags", []))
+            for name, value in directives.items():
+                if name in HIDDEN:
+                    tags.append("remove-cell")
+                elif name in EXPORTS:
+                    tags.append(f"module-{value or module}")
+                elif name in skip:
+                    tags.append("skip-execution")
+                elif (name, value) in TAGS:
+                    tags.append(TAGS[name, value])
+                else:
+                    raise ValueError(f"unknown directive '#| {name} {value}' in: {cell.source[:60]}")
+            if tags:
+                cell.metadata["tags"] = tags
+            # outputs are cached under the cells and their metadata: name what else decides them
+            cell.metadata["digest"] = digest
+        cells.append(cell)
+    notebook.cells = cells
+    return notebook
+
+
+def split_directives(source):
+    """Return ({directive: value}, the source below them)."""
+    lines, found = source.split("\n"), {}
+    while lines and (match := DIRECTIVE.match(lines[0])):
+        found[match["name"]] = match["value"]
+        lines.pop(0)
+    return found, "\n".join(lines).strip("\n")
+
+
+def content_digest():
+    """Return a digest of what a page's outputs depend on besides its own text."""
+    seen = hashlib.sha256((ROOT / "requirements.lock").read_bytes())
+    files = [*(ROOT / PACKAGE).glob("*.py"), *(ROOT / "results").rglob("*")]
+    for path in sorted(path for path in files if path.is_file()):
+        seen.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    source = data_source()
+    seen.update(source.encode())
+    if Path(source).is_dir():
+        for path in sorted(path for path in Path(source).rglob("*") if path.is_file()):
+            seen.update(f"{path}{path.stat().st_size}{path.stat().st_mtime_ns}".encode())
+    return seen.hexdigest()
+
+
+def data_source():
+    """Return the data the chapters will use; without CONVMIXER_DATA the package is asked."""
+    if "CONVMIXER_DATA" in os.environ:
+        return os.environ["CONVMIXER_DATA"]
+    from convmixer_edu.data import book_source
+
+    with contextlib.redirect_stdout(sys.stderr):
+        return book_source()
+
+
+def use_reader(app, config):
+    """Read notebooks with `read`; a changed digest makes Sphinx read every page again."""
+    from nbdev.config import get_config
+
+    # this environment has no widgets on purpose: they would ask another host for their code
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
+    options = {"digest": content_digest(), "skip": get_config(path=ROOT).tst_flags.split()}
+    config.nb_custom_formats = {".ipynb": ("nbdev_reader.read", options, False)}
+
+
+def mark_exports(app, doctree):
+    """Above a cell that the package is made of, say which module it goes to."""
+    for cell in doctree.findall(lambda node: "cell" in node.get("classes", ())
+                                if isinstance(node, nodes.container) else False):
+        for name in cell["classes"]:
+            if name.startswith("tag_module-"):
+                module = f"{PACKAGE}.{name.removeprefix('tag_module-')}"
+                link = pending_xref("", nodes.literal("", module), refdomain="py", reftype="mod",
+                                    reftarget=module, refexplicit=True, refwarn=False)
+                cell.insert(0, nodes.paragraph("", "exported to ", link, classes=["exported"]))
+
+
+def add_docments(app, what, name, obj, options, lines):
+    """Add nbdev's parameter comments to a docstring, which is plain text, on the API page."""
+    lines[:] = [plain_to_rst(line) for line in lines]
+    if what not in {"function", "method", "class"}:
+        return
+    from fastcore.docments import docments
+
+    lines.append("")
+    comments = docments(obj)
+    for parameter in inspect.signature(obj).parameters.values():
+        # docments takes the comment at a last `**options` for the one at the result
+        if parameter.kind is parameter.VAR_KEYWORD and not comments.get(parameter.name):
+            comments[parameter.name] = comments.pop("return", None)
+    for parameter, comment in comments.items():
+        if comment and parameter not in {"self", "return"}:
+            lines.append(f":param {parameter}: {plain_to_rst(' '.join(comment.split()))}")
+        elif comment and parameter == "return":
+            lines.append(f":returns: {plain_to_rst(' '.join(comment.split()))}")
+
+
+def skip_member(app, what, name, obj, skip, options):
+    """Leave timm's entry points, one for each model of the paper, off the API page."""
+    return True if name.startswith(f"{PACKAGE}_") else None
+
+
+def plain_to_rst(text):
+    """Return plain text with `code` as reStructuredText."""
+    parts = re.split(r"`+([^`]+)`+", text)
+    parts[::2] = [re.sub(r"([\\*|_])", r"\\\1", part) for part in parts[::2]]
+    parts[1::2] = [f"``{part}``" for part in parts[1::2]]
+    return "".join(parts)
+
+
+def copy_mathjax(app):
+    """Put MathJax, as a wheel carries it, beside the pages."""
+    if app.builder.format != "html":
+        return
+    wheel = distribution("sphinx-mathjax-offline")
+    home = Path(wheel.locate_file("sphinx-mathjax-offline/static/mathjax"))
+    wanted = ["tex-chtml.js", "input/tex/extensions", "output/chtml/fonts/woff-v2", "a11y",
+              "sre/mathmaps/base.json", "sre/mathmaps/en.json"]
+    for name in wanted:
+        target = Path(app.outdir) / "mathjax" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (home / name).is_dir():
+            shutil.copytree(home / name, target, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(home / name, target)
+
+
+def drop_thebe(app, pagename, templatename, context, doctree):
+    """Take out Jupyter Book's live-code scripts: no page uses them, and they name another host."""
+    context["script_files"] = [
+        script for script in context["script_files"]
+        if "thebe" not in str(getattr(script, "filename", script)).lower()
+        and "thebe" not in str(getattr(script, "attributes", {}).get("body", "")).lower()
+    ]
+
+
+def setup(app):
+    """Connect the above to Sphinx."""
+    app.connect("config-inited", use_reader)
+    app.connect("builder-inited", copy_mathjax)
+    app.connect("doctree-read", mark_exports)
+    app.connect("autodoc-process-docstring", add_docments)
+    app.connect("autodoc-skip-member", skip_member)
+    app.connect("html-page-context", drop_thebe, priority=900)
+    return {"parallel_read_safe": True, "version": "1"}

@@ -1,0 +1,52 @@
+"""What the tests share: where things are, the real data if there is any, and an order."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FIRST, LAST = ["test_notebooks"], ["test_chapters", "test_book", "test_package"]
+
+
+def real_data():
+    """Return CIFAR-10 as a data source, or None: $CONVMIXER_DATA, else a folder beside the checkout."""
+    if source := os.environ.get("CONVMIXER_DATA"):
+        return None if source == "digits" else source
+    files = sorted(ROOT.parent.glob("*/cifar10/*.parquet"))
+    return str(files[0].parent) if files else None
+
+
+def offline(**more):
+    """Return an environment in which nothing is fetched and the data are digits."""
+    return {**os.environ, "CONVMIXER_DATA": "digits", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
+            **{name: str(value) for name, value in more.items()}}
+
+
+def untracked():
+    """Return the files that git neither tracks nor ignores."""
+    command = ["git", "ls-files", "--others", "--exclude-standard"]
+    return set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split("\n"))
+
+
+@pytest.fixture(scope="session")
+def cifar10():
+    """CIFAR-10 as a data source; a test that needs it is skipped where there is none."""
+    if not (source := real_data()):
+        pytest.skip("no CIFAR-10: set CONVMIXER_DATA to a folder of its parquet files")
+    return source
+
+
+def pytest_configure(config):
+    """Remember what lay in the checkout before the tests."""
+    config.untracked_before = untracked()
+
+
+def pytest_collection_modifyitems(items):
+    """Quick checks of the notebooks first, then the tests of the code, the slow ones last."""
+    def place(item):
+        name = item.path.stem
+        return (name not in FIRST, LAST.index(name) + 1 if name in LAST else 0)
+
+    items.sort(key=place)

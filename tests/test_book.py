@@ -1,0 +1,155 @@
+"""The built book: no warning, no traceback, no outside request, every figure described."""
+
+import functools
+import http.server
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urlsplit
+
+import pytest
+import yaml
+from browser import browser_page, find_browser
+from bs4 import BeautifulSoup
+from conftest import ROOT, real_data
+from nbdev.config import get_config
+
+HTML = ROOT / "_build" / "html"
+TOC = yaml.safe_load((ROOT / "_toc.yml").read_text("utf8"))
+PAGES = [TOC["root"], *(chapter["file"] for part in TOC["parts"] for chapter in part["chapters"])]
+NOTEBOOKS = [page for page in PAGES if (ROOT / f"{page}.ipynb").exists()]
+every_page = pytest.mark.parametrize("page", PAGES)
+every_notebook = pytest.mark.parametrize("page", NOTEBOOKS)
+
+
+@pytest.fixture(scope="session")
+def built():
+    """The book, built in full and strictly, with CIFAR-10 where there is one: what it printed."""
+    environment = dict(os.environ)
+    if source := real_data():
+        environment["CONVMIXER_DATA"] = source
+    tool = Path(sys.executable).with_name("jupyter-book")
+    command = [tool, "build", "-W", "-n", "--keep-going", "--all", "."]
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, timeout=1500,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
+
+
+@functools.cache
+def soup(page):
+    """Return a page of the built book, parsed."""
+    return BeautifulSoup((HTML / f"{page}.html").read_text("utf8"), "html.parser")
+
+
+def test_strict_build_has_no_warning(built):
+    # a kernel's own notice on its transport is not about the book
+    lines = [line for line in built.split("\n") if "WARNING" in line and "IPKernelApp" not in line]
+    assert not lines
+
+
+@every_page
+def test_page_shows_no_failure(built, page):
+    article = soup(page).find("article")
+    text = article.get_text()
+    assert "Traceback (most recent call last)" not in text
+    stderr = [node.get_text()[:300] for node in article.select(".output.stderr")]
+    assert not stderr, f"written to stderr: {stderr}"
+    assert not re.search(r"^#\|", text, re.M), "a directive of nbdev is shown"
+    assert not article.select(".error, .problematic, .system-message")
+
+
+@every_page
+def test_page_asks_no_other_host(built, page):
+    wanted = [tag.get("src") or tag.get("data") or tag.get("poster")
+              for tag in soup(page).select("[src], object[data], video[poster]")]
+    wanted += [tag["href"] for tag in soup(page).select("link[href]") if "canonical" not in tag.get("rel", [])]
+    scripts = "\n".join(tag.get_text() for tag in soup(page).find_all("script"))
+    outside = [address for address in wanted if address and urlsplit(address).netloc]
+    assert not outside
+    assert not re.search(r"(import|fetch|importScripts)\s*\(?\s*[\"'](https?:)?//", scripts)
+
+
+@every_page
+def test_links_lead_somewhere(built, page):
+    here = HTML / f"{page}.html"
+    for link in soup(page).select("article a[href]"):
+        address, anchor = urldefrag(link["href"])
+        if urlsplit(address).scheme:
+            continue
+        target = (here.parent / unquote(address)).resolve() if address else here
+        assert target.exists(), link["href"]
+        if anchor and target.suffix == ".html":
+            name = target.relative_to(HTML.resolve()).with_suffix("").as_posix() if address else page
+            assert soup(name).find(id=unquote(anchor)), link["href"]
+
+
+@every_page
+def test_figures_are_described(built, page):
+    article = soup(page).find("article")
+    for image in article.find_all("img"):
+        assert image.get("alt", "").strip(), f"no alternative text: {image.get('src', '')[:80]}"
+        assert "_images/" not in image["alt"], "the alternative text is a file name"
+    for figure in article.find_all("svg"):
+        inside = figure.find_parent(attrs={"aria-label": True}) or figure
+        title = figure.find("title")
+        assert (inside.get("aria-label") or (title and title.get_text())
+                or figure.find_parent(attrs={"aria-hidden": "true"})), "an inline figure without a description"
+
+
+@every_notebook
+def test_colab_button_leads_to_the_notebook(built, page):
+    config = get_config(path=ROOT)
+    wanted = (f"https://colab.research.google.com/github/{config.user}/{config.repo}"
+              f"/blob/{config.branch}/{page}.ipynb")
+    found = {link["href"] for link in soup(page).select("a[href*='colab.research.google.com']")}
+    assert found == {wanted}
+
+
+@every_notebook
+def test_exported_cells_are_marked(built, page):
+    text = (ROOT / f"{page}.ipynb").read_text("utf8")
+    module = re.search(r"#\|\s*default_exp\s+(\w+)", text)
+    marks = soup(page).select("p.exported a[href*='api.html#module-']")
+    assert bool(marks) == bool(module)
+    assert all(mark.get_text() == f"convmixer_edu.{module[1]}" for mark in marks)
+
+
+@pytest.fixture(scope="module")
+def site(built):
+    """The book, served on this machine: its address."""
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *message):
+            pass
+
+    handler = functools.partial(Handler, directory=HTML)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def tab(site):
+    """A tab of a headless browser."""
+    if not find_browser():
+        pytest.skip("no Chromium or Chrome is installed: the pages were not opened in a browser")
+    with browser_page() as tab:
+        yield tab
+
+
+@every_page
+def test_page_in_a_browser(site, tab, page):
+    for width, dark in ((1280, False), (1280, True), (390, False)):
+        tab.look(width, dark=dark)
+        asked, complaints = tab.open(f"{site}{page}.html")
+        assert not complaints
+        assert not [url for url in asked if not url.startswith((site, "data:", "blob:"))]
+        assert tab.evaluate("document.documentElement.dataset.theme") == ("dark" if dark else "light")
+        assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "scrolls sideways"
+        assert tab.evaluate("document.querySelectorAll('mjx-merror').length") == 0, "a broken formula"
+        formulas = tab.evaluate("document.querySelectorAll('article .math').length")
+        assert tab.evaluate("document.querySelectorAll('article mjx-container').length") >= formulas

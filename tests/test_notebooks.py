@@ -1,0 +1,105 @@
+"""The notebooks are clean, in the form of a chapter, and the package is what they export."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+INSTALL = """#| hide
+import sys
+if "google.colab" in sys.modules:
+    %pip install -q --no-deps convmixer-edu"""
+BANNED = {
+    r"import \*": "a star import hides where a name comes from",
+    r"allow_errors|raises-exception": "a cell that may fail teaches nothing",
+    r"import pickle|pickle\.load": "weights are kept as safetensors",
+    r"torch\.load\((?![^)]*weights_only=True)": "torch.load needs weights_only=True",
+    r"\\tag\{": "MathJax sets it twice",
+    r"show_doc\(": "the API page shows the parameters",
+}
+by_name = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def cells(path, kind="code"):
+    """Return the sources of a notebook's cells of one kind."""
+    notebook = json.loads(path.read_text("utf8"))
+    return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == kind]
+
+
+def run_on_copy(folder, tool):
+    """Run a tool of nbdev on a copy of notebooks and package; return the copy's root."""
+    for name in ("nbs", "convmixer_edu"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    shutil.copy(ROOT / "settings.ini", folder)
+    tool = Path(sys.executable).with_name(tool)
+    done = subprocess.run([tool], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_package_is_what_the_notebooks_export(tmp_path):
+    copy = run_on_copy(tmp_path, "nbdev_export") / "convmixer_edu"
+    here = {path.name: path.read_text("utf8") for path in (ROOT / "convmixer_edu").glob("*.py")}
+    there = {path.name: path.read_text("utf8") for path in copy.glob("*.py")}
+    differ = sorted(name for name in here | there if here.get(name) != there.get(name))
+    assert not differ, f"run nbdev_export: {differ} are not what the notebooks say"
+
+
+def test_every_module_has_one_notebook():
+    homes = {}
+    for path in NOTEBOOKS:
+        for module in re.findall(r"^#\|\s*default_exp\s+(\S+)", "\n".join(cells(path)), re.M):
+            homes.setdefault(module, []).append(path.name)
+    assert all(len(names) == 1 for names in homes.values()), homes
+    modules = {path.stem for path in (ROOT / "convmixer_edu").glob("*.py")} - {"__init__", "_modidx"}
+    assert modules == set(homes)
+
+
+def test_notebooks_are_clean(tmp_path):
+    copy = run_on_copy(tmp_path, "nbdev_clean")
+    dirty = [path.name for path in NOTEBOOKS if path.read_bytes() != (copy / "nbs" / path.name).read_bytes()]
+    assert not dirty, f"run nbdev_clean: {dirty}"
+
+
+def test_toc_lists_every_notebook():
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text("utf8"))
+    pages = {toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])}
+    files = {f"nbs/{path.stem}" for path in (ROOT / "nbs").iterdir() if path.suffix in {".ipynb", ".md"}}
+    assert pages == files
+
+
+@by_name
+def test_form_of_a_chapter(path):
+    notebook = json.loads(path.read_text("utf8"))
+    first = notebook["cells"][0]
+    assert first["cell_type"] == "markdown" and "".join(first["source"]).startswith("# ")
+    assert cells(path)[0] == INSTALL, "the first code cell installs the package in Colab"
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook["cells"])
+    wide = [line for source in cells(path) for line in source.split("\n") if len(line) > 80]
+    assert not wide, f"code of more than 80 columns: {wide}"
+
+
+@by_name
+def test_nothing_banned(path):
+    text = "\n".join(cells(path) + cells(path, "markdown"))
+    found = [reason for pattern, reason in BANNED.items() if re.search(pattern, text)]
+    assert not found
+
+
+def test_modules_import_only_from_below():
+    """The floors and the table that CONTRIBUTING.md shows are those of the code."""
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf8")
+    floors = {name: int(level) for level, names in re.findall(r"^(\d)  (.+)$", text, re.M) for name in names.split()}
+    table = re.findall(r"^\| (\w+) \| [^|]* \| (?:`(\w+)\.py`|-)", text, re.M)
+    assert {chapter for chapter, _ in table} == {path.stem for path in NOTEBOOKS}
+    assert {module for _, module in table if module} == set(floors)
+    for path in (ROOT / "convmixer_edu").glob("[!_]*.py"):
+        for below in re.findall(r"(?:convmixer_edu\.|from \.)(\w+) import", path.read_text("utf8")):
+            assert floors[below] < floors[path.stem], f"{path.stem} imports {below}"
