@@ -16,7 +16,7 @@ from timm.data.mixup import mixup_target
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-# %% ../nbs/05_augment.ipynb #d5e30739
+# %% ../nbs/05_augment.ipynb #9835ea3a
 def _check(images, generator):
     "Batches of pictures and a generator on the CPU, or a ValueError."
     if images.ndim != 4 or not images.numel():
@@ -40,16 +40,16 @@ def _send(tensor, images):
     return tensor.to(images.device, non_blocking=True)
 
 
-def _restore(pixels, dtype):
-    "Float grey values 0 to 255 as uint8, or as floats from 0 to 1."
-    if dtype == torch.uint8:
-        return pixels.round().to(dtype)
-    return (pixels / 255).to(dtype)
+def _to_bytes(images):
+    "Images as uint8; floats from 0 to 1 are rounded to 256 levels."
+    if images.dtype == torch.uint8:
+        return images
+    return images.float().mul(255).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _grey_values(images):
-    "uint8 or [0, 1] images as float32 grey values 0 to 255."
-    return images.float() * (1 if images.dtype == torch.uint8 else 255)
+def _from_bytes(pixels, dtype):
+    "uint8 grey values in `dtype` again, as floats from 0 to 1."
+    return pixels if dtype == torch.uint8 else (pixels / 255).to(dtype)
 
 # %% ../nbs/05_augment.ipynb #cba31a30
 def random_flip(
@@ -81,7 +81,7 @@ def _place(size, most, generator):
     free = _uniform(generator, len(size)) * (most - size + 1)
     return free.floor()
 
-# %% ../nbs/05_augment.ipynb #477eb6bf
+# %% ../nbs/05_augment.ipynb #0ed5c085
 def random_resized_crop(
     images: Tensor,  # (B, C, H, W), uint8 or float from 0 to 1
     scale: tuple[float, float] = (0.75, 1.0),  # part of the area kept
@@ -107,11 +107,13 @@ def random_resized_crop(
     top = top.where(fits, (height - whole_h) // 2)
     left = left.where(fits, (width - whole_w) // 2)
     y, x = _line(top, h, height), _line(left, w, width)  # (B, H), (B, W)
-    grid = torch.stack(torch.broadcast_tensors(
-        x[:, None, :], y[:, :, None]), -1)  # (B, H, W, 2)
-    out = F.grid_sample(_grey_values(images), _send(grid.float(), images),
+    grid = _send(torch.cat([x, y], 1), images)
+    grid = torch.stack([grid[:, None, :width].expand(-1, height, -1),
+                        grid[:, width:, None].expand(-1, -1, width)], -1)
+    out = F.grid_sample(images.float(), grid,  # (B, H, W, 2)
                         padding_mode="border", align_corners=False)
-    return _restore(out, images.dtype)
+    return out.round_().to(images.dtype) if images.dtype == torch.uint8 \
+        else out.to(images.dtype)
 
 
 def _line(start, size, length):
@@ -120,7 +122,7 @@ def _line(start, size, length):
     look = start[:, None] + step * size[:, None]
     last = start + size - 0.5  # no look beyond the crop's own pixels
     look = look.clamp(start[:, None] + 0.5, last[:, None])
-    return look * (2 / length) - 1
+    return (look * (2 / length) - 1).float()
 
 
 def _check_range(name, pair, most=float("inf")):
@@ -130,36 +132,39 @@ def _check_range(name, pair, most=float("inf")):
         raise ValueError(f"{name} is {pair}, expected 0 < low <= high <= "
                          f"{most:g}")
 
-# %% ../nbs/05_augment.ipynb #bfe0584c
+# %% ../nbs/05_augment.ipynb #8b2f241f
 def _values(images):
     "The 256 grey values on the images' device."
     return torch.arange(256, device=images.device)
 
 
-def _blend(other, images, factor):
-    "other + factor * (images - other), cut off as Pillow does; uint8."
-    other = other.float()
-    mixed = other + factor * (images.float() - other)
-    return mixed.clamp(0, 255).to(torch.uint8)
+def _blend(plain, images, factor):
+    "plain + factor * (images - plain), cut off as Pillow does; uint8."
+    plain = plain.float()
+    mixed = ((images.float() - plain) * factor).add_(plain)
+    return mixed.clamp_(0, 255).to(torch.uint8)
 
 
 def _grey(images):
-    "Luminance with Pillow's 16-bit weights, uint8 (B, 1, H, W)."
+    "Luminance with Pillow's 16-bit weights, uint8, the same shape."
     if images.shape[1] != 3:
         return images
-    r, g, b = images.int().split(1, 1)
-    return (r * 19595 + g * 38470 + b * 7471 + 32768 >> 16).to(torch.uint8)
+    r, g, b = images.int().unbind(1)
+    grey = (r * 19595 + g * 38470 + b * 7471 + 32768) >> 16
+    return grey.to(torch.uint8)[:, None].expand_as(images)
 
 
 def _smooth(images):
     "Pillow's SMOOTH: neighbours weigh 1, the centre 5; the rim stays."
-    x, out = images.float(), images.clone()
-    box = F.avg_pool2d(x, 3, stride=1, divisor_override=1)
-    soft = (box + 4 * x[..., 1:-1, 1:-1]) / 13 + 0.5
-    out[..., 1:-1, 1:-1] = soft.to(torch.uint8)
+    x, out = images.short(), images.clone()
+    if min(images.shape[2:]) > 2:
+        rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
+        box = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+        box += 4 * x[..., 1:-1, 1:-1]
+        out[..., 1:-1, 1:-1] = (box / 13 + 0.5).to(torch.uint8)
     return out
 
-# %% ../nbs/05_augment.ipynb #a82521d9
+# %% ../nbs/05_augment.ipynb #fbc793f5
 def _auto_contrast(images, _):
     low, high = images.flatten(2).int().aminmax(dim=2, keepdim=True)
     v = _values(images)
@@ -202,7 +207,7 @@ def _brightness(images, factor):
 
 def _contrast(images, factor):
     grey = _grey(images).flatten(1).float()
-    mean = (grey.mean(1) + 0.5).floor()[:, None, None]
+    mean = (grey.mean(1) + 0.5).floor()[:, None, None]  # (b, 1, 1)
     return _blend(mean, _values(images), factor)
 
 
@@ -217,101 +222,113 @@ TABLES = {
     "Contrast": _contrast,
 }
 
-# %% ../nbs/05_augment.ipynb #83c99450
+# %% ../nbs/05_augment.ipynb #c03a3c0a
 BLENDS = {"Color": _grey, "Sharpness": _smooth}
 MATRICES = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 OPS = ("Identity", *TABLES, *BLENDS, *MATRICES)
 
 
-def _rows_of(names, ops):
-    "Which rows drew one of the operations named."
-    ids = torch.tensor([OPS.index(name) for name in names])
-    return torch.isin(ops, ids).nonzero()[:, 0]
+def _together(groups, k):
+    "The k-th tensor of all groups as one."
+    return torch.cat([group[k] for group in groups.values()])
 
 
-def _by_table(images, ops, args, *_):
-    "One table of 256 new values for each channel, then one look-up for all."
-    b, c = images.shape[:2]
-    tables = images.new_empty(b, c, 256)
-    for name, make in TABLES.items():
-        rows = _rows_of([name], ops)
-        if len(rows):
-            at = _send(rows, images)
-            arg = _send(args[rows], images)[:, None, None]
-            table = make(images[at], arg).to(torch.uint8)
-            tables.index_copy_(0, at, table.expand(len(rows), c, 256))
-    return tables.gather(2, images.flatten(2).long()).view_as(images)
+def _by_table(groups, *_):
+    "256 new values for each channel of each image, then one look-up."
+    images, tables = _together(groups, 0), []
+    for name, (part, args, _) in groups.items():
+        table = TABLES[name](part, args[:, None, None])  # (b, 1 or C, 256)
+        table = table.to(torch.uint8)
+        tables.append(table.expand(*part.shape[:2], 256))
+    index = images.flatten(2).long()  # (b, C, HW)
+    return torch.cat(tables).gather(2, index).view_as(images)
 
 
-def _by_blend(images, ops, args, *_):
+def _by_blend(groups, *_):
     "Move each pixel away from, or towards, a plainer version of its image."
-    plain = torch.empty_like(images)
-    for name, make in BLENDS.items():
-        rows = _rows_of([name], ops)
-        if len(rows):
-            at = _send(rows, images)
-            plain.index_copy_(0, at, make(images[at]).expand_as(images[at]))
-    return _blend(plain, images, _send(args, images)[:, None, None, None])
+    images, args = _together(groups, 0), _together(groups, 1)
+    plain = [BLENDS[name](part) for name, (part, *_) in groups.items()]
+    return _blend(torch.cat(plain), images, args[:, None, None, None])
 
-# %% ../nbs/05_augment.ipynb #60d5f126
-def _matrix(ops, args, height, width):
-    "Where each output pixel comes from: x, y = M (x, y, 1), (B, 2, 3)."
+# %% ../nbs/05_augment.ipynb #4f12399a
+def _matrix(ops, args, height, width, whole):
+    "Where a pixel comes from: (x, y) = M (x, y, 1), as (B, 2, 3)."
     drew = {name: args * (ops == OPS.index(name)) for name in MATRICES}
     turn = torch.deg2rad(drew["Rotate"])
     cos, sin, x0, y0 = turn.cos(), turn.sin(), width / 2, height / 2
-    x_row = [cos, drew["ShearX"] - sin,
-             x0 - cos * x0 + sin * y0 + drew["TranslateX"] * width]
-    y_row = [sin + drew["ShearY"], cos,
-             y0 - sin * x0 - cos * y0 + drew["TranslateY"] * height]
-    return torch.stack([torch.stack(x_row, -1), torch.stack(y_row, -1)], 1)
+    right, down = drew["TranslateX"] * width, drew["TranslateY"] * height
+    if whole:  # torchvision moves by whole pixels
+        right, down = right.trunc(), down.trunc()
+    return torch.stack([
+        cos, drew["ShearX"] - sin, x0 - cos * x0 + sin * y0 + right,
+        sin + drew["ShearY"], cos, y0 - sin * x0 - cos * y0 + down,
+    ], -1).view(-1, 2, 3)
 
 
-def _by_matrix(images, ops, args, nearest, fill):
+def _by_matrix(groups, nearest, fill):
     "Turn, shear or move each image; `fill` comes in from outside."
+    images, matrix = _together(groups, 0), _together(groups, 2)
     b, c, h, w = images.shape
-    args = args.double()
-    if nearest:  # torchvision moves by whole pixels
-        args = torch.where(ops == OPS.index("TranslateX"), (args * w).trunc() / w, args)
-        args = torch.where(ops == OPS.index("TranslateY"), (args * h).trunc() / h, args)
-    matrix = _send(_matrix(ops, args, h, w).float(), images)
-    y, x = torch.meshgrid(
-        torch.arange(h, device=images.device) + 0.5,
-        torch.arange(w, device=images.device) + 0.5, indexing="ij")
-    place = torch.stack([x, y, torch.ones_like(x)]).flatten(1)  # (3, HW)
-    x, y = (matrix @ place).unbind(1)  # (B, HW) each
-    inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)
+    y = torch.arange(h, device=images.device)[:, None] + 0.5
+    x = torch.arange(w, device=images.device) + 0.5
+    m = matrix.view(b, 6, 1, 1).unbind(1)
+    x, y = m[0] * x + m[1] * y + m[2], m[3] * x + m[4] * y + m[5]
+    inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)  # (b, H, W)
     if nearest:
-        at = y.clamp(0, h - 1).long() * w + x.clamp(0, w - 1).long()
-        at = at[:, None].expand(b, c, h * w)
-        out = images.flatten(2).gather(2, at)
+        at = y.clamp_(0, h - 1).long() * w + x.clamp_(0, w - 1).long()
+        at = at.view(b, 1, h * w).expand(b, c, h * w)
+        out = images.flatten(2).gather(2, at).view_as(images)
     else:
         grid = torch.stack([x * (2 / w) - 1, y * (2 / h) - 1], -1)
-        out = F.grid_sample(images.float(), grid.view(b, h, w, 2),
-                            padding_mode="border", align_corners=False)
-        out = (out + 1e-3).to(torch.uint8).flatten(2)
-    return out.where(inside[:, None], fill).view_as(images)
+        out = F.grid_sample(images.float(), grid, padding_mode="border",
+                            align_corners=False)
+        out = out.add_(1e-3).to(torch.uint8)  # cut off, as Pillow does
+    return out.where(inside[:, None], fill)
 
-# %% ../nbs/05_augment.ipynb #b1eacde2
+# %% ../nbs/05_augment.ipynb #c80ddc5e
+def _check_draws(images, ops, args):
+    "uint8 images with one operation each, drawn on the CPU."
+    _check(images, None)
+    shapes = {tuple(t.shape) for t in (ops, args)}
+    on_cpu = ops.device.type == args.device.type == "cpu"
+    if images.dtype != torch.uint8 or shapes != {(len(images),)} or not on_cpu:
+        raise ValueError(
+            f"images are {images.dtype}, ops and args have shapes "
+            f"{sorted(shapes)} on {ops.device} and {args.device}, expected "
+            f"torch.uint8 and twice ({len(images)},) on the CPU")
+
+
 def apply_ops(
     images: Tensor,  # uint8 (B, C, H, W)
     ops: Tensor,  # int64 (B,), on the CPU: an index into OPS for each image
-    args: Tensor,  # float32 (B,), on the CPU: the argument of each
+    args: Tensor,  # float (B,), on the CPU: the argument of each
     nearest: bool = False,  # look turned pixels up: nearest, else bilinear
     fill: float | tuple[float, ...] = 0.5,  # 0 to 1, what lies outside
 ) -> Tensor:  # uint8 (B, C, H, W)
-    "Apply to each image its own operation, three groups at a time."
-    _check(images, None)
-    grey = torch.as_tensor(fill, dtype=torch.float64).mul(255).round()
-    grey = _send(grey.to(torch.uint8).view(-1, 1), images)
-    out = images.clone()
+    """Apply to each image its own operation.
+
+    The batch is sorted by operation, so that each operation finds its
+    images side by side, and sorted back at the end. Raises ValueError for
+    images that are not uint8 or draws that do not fit them.
+    """
+    _check_draws(images, ops, args)
+    order = ops.argsort(stable=True)
+    ops, args = ops[order], args[order].double()
+    matrix = _matrix(ops, args, *images.shape[2:], nearest)
+    tensors = [images.index_select(0, _send(order, images)),
+               *(_send(t.float(), images) for t in (args, matrix))]
+    counts = torch.bincount(ops, minlength=len(OPS)).tolist()
+    groups = dict(zip(OPS, zip(*(t.split(counts) for t in tensors))))
+    level = torch.as_tensor(fill, dtype=torch.float64).mul(255).round()
+    level = _send(level.to(torch.uint8).view(-1, 1, 1), images)
+    done = [groups["Identity"][0]]
     for names, kernel in ((TABLES, _by_table), (BLENDS, _by_blend),
                           (MATRICES, _by_matrix)):
-        rows = _rows_of(names, ops)
-        if len(rows):
-            at = _send(rows, images)
-            done = kernel(images[at], ops[rows], args[rows], nearest, grey)
-            out.index_copy_(0, at, done)
-    return out
+        drawn = {n: groups[n] for n in names if len(groups[n][0])}
+        if drawn:
+            done.append(kernel(drawn, nearest, level))
+    back = _send(order.argsort(), images)
+    return torch.cat(done).index_select(0, back)
 
 # %% ../nbs/05_augment.ipynb #139afc56
 @dataclass(frozen=True)
@@ -380,7 +397,7 @@ def _policy(name, m):
                          f"the scale of policy {name!r}")
     return POLICIES[name]
 
-# %% ../nbs/05_augment.ipynb #01f9b2be
+# %% ../nbs/05_augment.ipynb #dc191b37
 def rand_augment(
     images: Tensor,  # (B, C, H, W), uint8 or float from 0 to 1
     n: int = 2,  # operations an image, one after the other
@@ -399,15 +416,17 @@ def rand_augment(
     """
     _check(images, generator)
     chosen = _policy(policy, m)
+    if n < 0 or n != int(n) or spread < 0:
+        raise ValueError(f"n is {n} and spread {spread}, expected a whole "
+                         "number of operations and no negative spread")
     fill = chosen.fill if fill is None else fill
-    pixels = _grey_values(images).round().to(torch.uint8)
-    for _ in range(n):
+    pixels = _to_bytes(images)
+    for _ in range(int(n)):
         ops, args = draw_ops(len(images), m, generator, spread, policy)
         pixels = apply_ops(pixels, ops, args, chosen.nearest, fill)
-    same = images.dtype == torch.uint8
-    return pixels if same else _restore(pixels, images.dtype)
+    return _from_bytes(pixels, images.dtype)
 
-# %% ../nbs/05_augment.ipynb #67e62c1d
+# %% ../nbs/05_augment.ipynb #05fef523
 def color_jitter(
     images: Tensor,  # (B, C, H, W), uint8 or float from 0 to 1
     strength: float = 0.2,  # factors are drawn from 1 -+ strength
@@ -424,11 +443,10 @@ def color_jitter(
     ids = torch.tensor([OPS.index(name) for name in names])
     order = _uniform(generator, len(images), 3).argsort(1)
     args = 1 + strength * (2 * _uniform(generator, len(images), 3) - 1)
-    pixels = _grey_values(images).round().to(torch.uint8)
+    pixels = _to_bytes(images)
     for k in range(3):
         pixels = apply_ops(pixels, ids[order[:, k]], args[:, k].float())
-    same = images.dtype == torch.uint8
-    return pixels if same else _restore(pixels, images.dtype)
+    return _from_bytes(pixels, images.dtype)
 
 
 def _check_part(name, value):
@@ -436,7 +454,7 @@ def _check_part(name, value):
     if not 0 <= value <= 1:
         raise ValueError(f"{name} is {value}, expected a number from 0 to 1")
 
-# %% ../nbs/05_augment.ipynb #5543c040
+# %% ../nbs/05_augment.ipynb #6bdc4b43
 def normalize(
     images: Tensor,  # (B, C, H, W), uint8 or float from 0 to 1
     mean,  # C numbers, for images from 0 to 1
@@ -454,7 +472,8 @@ def normalize(
     top = 255 if images.dtype == torch.uint8 else 1
     scale, shift = (_send(t.float().view(-1, 1, 1), images)
                     for t in (1 / (top * std), -mean / std))
-    return torch.addcmul(shift, images.float(), scale).to(dtype)
+    pixels = images.to(torch.float32, copy=True)
+    return torch.addcmul(shift, pixels, scale, out=pixels).to(dtype)
 
 # %% ../nbs/05_augment.ipynb #db85f40b
 def random_erasing(
@@ -493,7 +512,7 @@ def random_erasing(
     noise = _send(noise, images).to(images.dtype)
     return images.index_copy(0, at, torch.where(box, noise, images[at]))
 
-# %% ../nbs/05_augment.ipynb #34e7fa7e
+# %% ../nbs/05_augment.ipynb #8b3ecc24
 def mix(
     images: Tensor,  # (B, C, H, W), normalised floats
     labels: Tensor,  # int64 (B,)
@@ -515,6 +534,10 @@ def mix(
     if not images.is_floating_point() or min(mixup, cutmix) < 0:
         raise ValueError(f"images are {images.dtype}, mixup is {mixup} and "
                          f"cutmix {cutmix}, expected floats and no negative")
+    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        raise ValueError(f"labels are {labels.dtype} of shape "
+                         f"{tuple(labels.shape)}, expected torch.int64 of "
+                         f"shape ({len(images)},), one an image")
     if not mixup and not cutmix:
         return images, mixup_target(labels, num_classes, 1.0, smoothing)
     odd, b = len(images) % 2, len(images)
@@ -532,7 +555,7 @@ def mix(
         np.random.set_state(before)
     return mixed[:b], targets[:b]
 
-# %% ../nbs/05_augment.ipynb #849f134e
+# %% ../nbs/05_augment.ipynb #ca0e41ed
 @dataclass(frozen=True)
 class Augment:
     """The draws of one recipe: call it on uint8 images, then normalise.
@@ -551,6 +574,16 @@ class Augment:
     jitter: float = 0.0  # strength of colour jitter; 0 is off
     erase: float = 0.0  # the chance of random erasing; 0 is off
     erase_mode: str = "pixel"  # or "const"
+
+    def __post_init__(self):
+        for name in ("crop_scale", "jitter", "erase"):
+            _check_part(name, getattr(self, name))
+        _check_range("crop_ratio", self.crop_ratio)
+        if self.randaug_n:
+            _policy(self.randaug_policy, self.randaug_m)
+        if self.erase_mode not in ("pixel", "const"):
+            raise ValueError(f"erase_mode is {self.erase_mode!r}, expected "
+                             "pixel or const")
 
     def __call__(self, images, generator=None):
         "Augment uint8 or [0, 1] images (B, C, H, W); shape and type stay."
