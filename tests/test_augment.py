@@ -1,0 +1,490 @@
+"""Augmentation: every operation against Pillow, timm and torchvision, and the draws themselves."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.autoaugment as light
+from PIL import Image
+from scipy.stats import chisquare
+from sklearn.datasets import load_sample_images
+from timm.data import auto_augment as paper
+from timm.data.mixup import mixup_target
+from torch.nn import functional as F
+from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as TF
+
+from convmixer_edu import augment
+from convmixer_edu.augment import (
+    OPS,
+    POLICIES,
+    Augment,
+    apply_ops,
+    color_jitter,
+    draw_ops,
+    mix,
+    normalize,
+    paper_transform,
+    rand_augment,
+    random_erasing,
+    random_flip,
+    random_resized_crop,
+)
+
+FILL = (125, 123, 114)  # grey values
+
+
+@pytest.fixture(scope="module")
+def tiles():
+    """70 real colour pictures of 32 by 32, cut from two photographs that ship with scikit-learn."""
+    pictures = []
+    for photo in load_sample_images().images:
+        small = Image.fromarray(photo).resize((224, 160), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)
+        cut = pixels.unfold(1, 32, 32).unfold(2, 32, 32)  # (3, 5, 7, 32, 32)
+        pictures.append(cut.permute(1, 2, 0, 3, 4).reshape(-1, 3, 32, 32))
+    return torch.cat(pictures)
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def to_pil(image):
+    return Image.fromarray(image.permute(1, 2, 0).numpy() if len(image) == 3 else image[0].numpy())
+
+
+def to_tensor(picture):
+    pixels = torch.from_numpy(np.array(picture))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+
+
+def one_op(images, name, arg=0.0, **options):
+    ops = torch.full((len(images),), OPS.index(name))
+    return apply_ops(images, ops, torch.full((len(images),), float(arg)), **options)
+
+
+def close(ours, theirs, share):
+    """At most one grey level apart, in at most this share of the values."""
+    off = (ours.int() - theirs.int()).abs()
+    assert off.max() <= 1 and (off > 0).double().mean() <= share, (off.max(), (off > 0).double().mean())
+
+
+# Operation, the function of timm's, arguments, and the share of values that may be one grey level off:
+# Pillow cuts bilinear sums off in float64, grid_sample adds them up in float32.
+TIMM = [
+    ("AutoContrast", paper.auto_contrast, [()], 0.01),
+    ("Equalize", paper.equalize, [()], 0),
+    ("Invert", paper.invert, [()], 0),
+    ("Posterize", paper.posterize, [(0,), (1,), (4,), (8,)], 0),
+    ("Solarize", paper.solarize, [(0,), (26,), (128,), (256,)], 0),
+    ("SolarizeAdd", paper.solarize_add, [(0,), (50,), (99,), (110,)], 0),
+    ("Color", paper.color, [(0.1,), (1.0,), (1.81,)], 0.001),
+    ("Contrast", paper.contrast, [(0.1,), (1.0,), (1.81,)], 0.001),
+    ("Brightness", paper.brightness, [(0.1,), (1.0,), (1.81,)], 0.001),
+    ("Sharpness", paper.sharpness, [(0.1,), (1.0,), (1.81,)], 0.001),
+    ("Rotate", paper.rotate, [(-30.0,), (7.3,), (27.0,)], 0.01),
+    ("ShearX", paper.shear_x, [(-0.3,), (0.27,)], 0.01),
+    ("ShearY", paper.shear_y, [(-0.3,), (0.27,)], 0.01),
+    ("TranslateX", paper.translate_x_rel, [(-0.45,), (0.405,)], 0.02),
+    ("TranslateY", paper.translate_y_rel, [(-0.45,), (0.405,)], 0.02),
+]
+
+
+@pytest.mark.parametrize("name, theirs, arguments, share", TIMM, ids=[row[0] for row in TIMM])
+def test_operation_is_timms(tiles, name, theirs, arguments, share):
+    options = {"fillcolor": FILL, "resample": Image.Resampling.BILINEAR}
+    for args in arguments:
+        expected = torch.stack([to_tensor(theirs(to_pil(t), *args, **options)) for t in tiles])
+        close(one_op(tiles, name, *args, fill=tuple(v / 255 for v in FILL)), expected, share)
+
+
+def test_operations_of_timm_are_all_there():
+    rename = {"TranslateXRel": "TranslateX", "TranslateYRel": "TranslateY"}
+    theirs = {rename.get(n, n).removesuffix("Increasing") for n in paper._RAND_INCREASING_TRANSFORMS}
+    assert theirs == set(POLICIES["timm"].ranges) == {row[0] for row in TIMM}
+
+
+@pytest.mark.parametrize("m", [0, 3, 5, 9, 10])
+def test_timm_arguments(m):
+    """The argument that each magnitude means is timm's, for both directions of the coin."""
+    ops, args = draw_ops(4000, m, rng(), policy="timm")
+    for name in POLICIES["timm"].ranges:
+        long = name + ("Rel" if name.startswith("Translate") else "")
+        long += "Increasing" if long + "Increasing" in paper.LEVEL_TO_ARG else ""
+        level_fn, mine = paper.LEVEL_TO_ARG[long], args[ops == OPS.index(name)]
+        if level_fn is None:
+            continue
+        theirs = {round(float(level_fn(m, {})[0]), 5) for _ in range(60)}
+        mine = mine.ceil() if name in ("Posterize", "Solarize") else mine
+        assert {round(v, 5) for v in mine.tolist()} == theirs, name
+
+
+@pytest.mark.parametrize("name", sorted(set(POLICIES["torchvision"].ranges) - {"Identity"}))
+def test_operation_is_torchvisions(tiles, name):
+    space = light.RandAugment()._augmentation_space(31, (32, 32))
+    start, end = POLICIES["torchvision"].ranges[name]
+    for m in (0, 5, 12, 30):
+        bins, _ = space[name]
+        value = float(bins[m]) if bins.ndim else 0.0
+        expected = torch.stack([
+            to_tensor(light._apply_op(to_pil(t), name, value, InterpolationMode.NEAREST, None)) for t in tiles
+        ])
+        # A move to the right looks to the left. With a coin for the sign, the draws are the same.
+        level = -m / 30 if name.startswith("Translate") else m / 30
+        ours = one_op(tiles, name, start + level * (end - start), nearest=True, fill=0.0)
+        off = (ours.int() - expected.int()).abs() > 1
+        # a look exactly between two pixels (a shear of 0.12 at row 12: one row of 32) may fall to either
+        assert off.double().mean() <= (1 / 32 if name.startswith("Shear") else 0.002), (name, m)
+
+
+def test_operations_of_torchvision_are_all_there():
+    assert set(light.RandAugment()._augmentation_space(31, (32, 32))) == set(POLICIES["torchvision"].ranges)
+
+
+@pytest.mark.parametrize("name", [n for n in OPS if n != "Color"])
+def test_grey_images(tiles, name):
+    """One channel: the same as Pillow on a grey picture; Color has nothing to change."""
+    grey = torch.stack([to_tensor(to_pil(t).convert("L")) for t in tiles[:8]])
+    assert torch.equal(one_op(grey, "Color", 0.3), grey)
+    match = [row for row in TIMM if row[0] == name]
+    for _, theirs, arguments, share in match:
+        expected = torch.stack([
+            to_tensor(theirs(to_pil(t), *arguments[0], fillcolor=100, resample=Image.Resampling.BILINEAR))
+            for t in grey
+        ])
+        close(one_op(grey, name, *arguments[0], fill=100 / 255), expected, max(share, 0.02))
+    assert one_op(grey, name, 1.0).shape == grey.shape
+
+
+@pytest.mark.parametrize("value", [0, 7, 255])
+@pytest.mark.parametrize("name", ["AutoContrast", "Equalize", "Color", "Contrast", "Sharpness"])
+def test_constant_images_stay(name, value):
+    flat = torch.full((3, 3, 8, 8), value, dtype=torch.uint8)
+    assert (one_op(flat, name, 1.7).int() - flat.int()).abs().max() == 0
+
+
+def test_mixed_batch_equals_one_by_one(tiles):
+    """Sorting by operation and back leaves every image its own operation."""
+    ops, args = draw_ops(len(tiles), 9, rng(3), 0.5, "timm")
+    assert len(ops.unique()) > 8
+    together = apply_ops(tiles, ops, args)
+    alone = torch.cat([apply_ops(tiles[i:i + 1], ops[i:i + 1], args[i:i + 1]) for i in range(len(tiles))])
+    assert torch.equal(together, alone)
+
+
+# ---------------------------------------------------------------- draws
+
+
+@pytest.mark.parametrize("policy, m, spread", [("timm", 9, 0.5), ("torchvision", 12, 0.0)])
+def test_every_sample_has_its_own_draw(tiles, policy, m, spread):
+    same = tiles[11:12].expand(512, -1, -1, -1)
+    out = rand_augment(same, 2, m, rng(), spread, policy)
+    assert len(out.flatten(1).unique(dim=0)) >= 200
+
+
+@pytest.mark.parametrize("policy, m", [("timm", 9), ("torchvision", 12)])
+def test_operations_are_equally_likely(policy, m):
+    n, chosen = 30_000, POLICIES[policy]
+    ops, _ = draw_ops(n, m, rng(), policy=policy)
+    seen = torch.bincount(ops, minlength=len(OPS))
+    share = chosen.prob / len(chosen.ranges)
+    expected = torch.tensor([n * share * (name in chosen.ranges) for name in OPS], dtype=torch.float64)
+    expected[0] += n * (1 - chosen.prob)
+    used = expected > 0
+    assert not seen[~used].any()
+    seen, expected = seen[used].numpy(), expected[used].double().numpy()
+    assert chisquare(seen, expected * (n / expected.sum())).pvalue > 1e-3
+
+
+def test_directions_and_spread():
+    ops, args = draw_ops(20_000, 9, rng(), 0.5, "timm")
+    turns = args[ops == OPS.index("Rotate")]
+    assert abs((turns > 0).double().mean() - 0.5) < 0.06
+    assert abs(turns.abs().mean() - 27) < 0.3 and abs(turns.abs().std() - 1.5) < 0.3
+    assert turns.abs().max() <= 30  # cut off at the policy's top
+
+
+FUNCTIONS = {
+    "crop": lambda x, g: random_resized_crop(x, (0.3, 1.0), generator=g),
+    "flip": random_flip,
+    "timm": lambda x, g: rand_augment(x, 2, 9, g, 0.5, "timm"),
+    "torchvision": lambda x, g: rand_augment(x, 2, 12, g),
+    "jitter": lambda x, g: color_jitter(x, 0.2, g),
+    "all": Augment(0.5, randaug_n=1, randaug_m=8, jitter=0.1),
+}
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float32", "float16"])
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (7, 3, 32, 32), (5, 1, 8, 8), (4, 3, 20, 32), (3, 1, 2, 2)])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_shape_type_and_range_stay(name, shape, kind):
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=rng())
+    if kind != "uint8":
+        images = (images.float() / 255).to(getattr(torch, kind))
+    before = images.clone()
+    out = FUNCTIONS[name](images, rng(1))
+    assert out.shape == images.shape and out.dtype == images.dtype
+    assert torch.equal(images, before)  # the batch given is left alone
+    assert out.min() >= 0 and out.max() <= (255 if kind == "uint8" else 1)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_only_the_generator_decides(tiles, name):
+    def run(seed, world):
+        torch.manual_seed(world)
+        np.random.seed(world)
+        before = torch.get_rng_state(), np.random.get_state()[1].copy()
+        out = FUNCTIONS[name](tiles, rng(seed))
+        assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
+        return out
+
+    assert torch.equal(run(5, 1), run(5, 2))
+    assert not torch.equal(run(5, 1), run(6, 1))
+
+
+def test_floats_take_the_same_way_as_bytes(tiles):
+    floats = tiles.float() / 255
+    for name, function in FUNCTIONS.items():
+        off = (function(floats, rng()) * 255 - function(tiles, rng()).float()).abs()
+        # a crop of floats is not rounded, which can tip a threshold of an operation after it
+        assert off.mean() < 1.5 if name == "all" else off.max() <= 1.01, name
+
+
+# ---------------------------------------------------------------- crop and flip
+
+
+def test_crop_is_torchvisions_on_the_same_box(tiles):
+    scale, ratio, n = (0.3, 1.0), (3 / 4, 4 / 3), len(tiles)
+    out = random_resized_crop(tiles, scale, ratio, rng(2))
+    g = rng(2)
+    h, w, fits = augment._first_fit(scale, ratio, 32, 32, g, n, 0)
+    top, left = augment._place(h, 32, g), augment._place(w, 32, g)
+    assert fits.all()
+    boxes = torch.stack([top, left, h, w], 1).int().tolist()
+    expected = torch.stack([
+        to_tensor(TF.resized_crop(to_pil(t), *box, [32, 32], InterpolationMode.BILINEAR)) for t, box in zip(tiles, boxes)
+    ])
+    close(out, expected, 0.15)  # Pillow rounds twice, once for each axis
+
+
+def test_crop_boxes_are_drawn_as_published():
+    h, w, fits = augment._first_fit((0.25, 1.0), (3 / 4, 4 / 3), 64, 64, rng(), 20_000, 0)
+    assert fits.double().mean() > 0.99
+    h, w = h[fits], w[fits]
+    area, log_ratio = h * w / 64**2, (w / h).log()
+    assert area.min() > 0.24 and area.max() <= 1 and log_ratio.abs().max() < math.log(4 / 3) + 0.05
+    assert abs(log_ratio.mean()) < 0.01
+    # Large boxes of odd shape fit more rarely, so the mean lies below the middle: as much below as torchvision's.
+    torch.manual_seed(0)
+    picture, theirs = Image.new("L", (64, 64)), []
+    for _ in range(3000):
+        _, _, height, width = RandomResizedCrop.get_params(picture, [0.25, 1.0], [3 / 4, 4 / 3])
+        theirs.append(height * width / 64**2)
+    assert abs(area.mean() - sum(theirs) / len(theirs)) < 0.015
+
+
+def test_crop_of_everything_changes_nothing(tiles):
+    assert torch.equal(random_resized_crop(tiles, (1.0, 1.0), (1.0, 1.0), rng()), tiles)
+
+
+def test_crop_that_never_fits_is_the_largest_centred_one():
+    tall = torch.arange(64, dtype=torch.uint8).view(1, 1, 64, 1).expand(2, 1, 64, 4).contiguous()
+    out = random_resized_crop(tall, (0.99, 1.0), (1.0, 1.0), rng())  # only a 4 by 4 square would do
+    assert out.min() >= 30 and out.max() <= 33
+
+
+def test_flip_mirrors_about_half(tiles):
+    many = tiles[:1].expand(2000, -1, -1, -1)
+    out = random_flip(many, rng())
+    mirrored = (out == many.flip(-1)).flatten(1).all(1)
+    assert ((out == many).flatten(1).all(1) ^ mirrored).all()
+    assert abs(mirrored.double().mean() - 0.5) < 0.04
+
+
+# ---------------------------------------------------------------- jitter
+
+
+def test_jitter_is_torchvisions_range(tiles):
+    same = tiles[5:6].expand(400, -1, -1, -1)
+    ours = color_jitter(same, 0.2, rng()).double().mean((1, 2, 3))
+    torch.manual_seed(0)
+    theirs = torch.stack([to_tensor(ColorJitter(0.2, 0.2, 0.2)(to_pil(tiles[5]))) for _ in range(400)])
+    theirs = theirs.double().mean((1, 2, 3))
+    assert abs(ours.mean() - theirs.mean()) < 3 and abs(ours.std() - theirs.std()) < 2
+
+
+def test_no_jitter_changes_nothing(tiles):
+    assert torch.equal(color_jitter(tiles, 0.0, rng()), tiles)
+
+
+# ---------------------------------------------------------------- normalize and erasing
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_normalize(tiles, dtype):
+    mean, std = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+    expected = TF.normalize(tiles.double() / 255, mean, std)
+    before = tiles.clone()
+    out = normalize(tiles, mean, std, dtype)
+    assert out.dtype == dtype and torch.equal(tiles, before)
+    assert (out.double() - expected).abs().max() < {2: 0.02, 4: 1e-5}[dtype.itemsize]
+    assert torch.allclose(normalize(tiles.float() / 255, mean, std), expected.float(), atol=1e-5)
+    assert torch.allclose(normalize(tiles, torch.tensor(mean), torch.tensor(std)), expected.float(), atol=1e-5)
+
+
+def test_erasing_boxes_and_noise():
+    zeros = torch.zeros(4000, 3, 32, 32)
+    out = random_erasing(zeros, 0.25, rng())
+    erased = (out != 0).all(1)  # (B, H, W)
+    hit = erased.flatten(1).any(1)
+    assert abs(hit.double().mean() - 0.25) < 0.03
+    noise = out[(out != 0)]
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+    for mask in erased[hit][:200]:
+        rows, cols = mask.any(1), mask.any(0)
+        assert torch.equal(mask, rows[:, None] & cols)  # a rectangle
+        for line in (rows, cols):
+            on = line.nonzero()
+            assert on[-1] - on[0] + 1 == len(on) < 32  # in one piece, never a whole side
+        h, w = int(rows.sum()), int(cols.sum())
+        assert 0.01 < h * w / 1024 < 0.36 and 0.25 < h / w < 4
+
+
+def test_erasing_by_zero_and_extremes():
+    ones = torch.ones(50, 1, 8, 8)
+    assert set(random_erasing(ones, 1.0, rng(), "const").unique().tolist()) == {0.0, 1.0}
+    assert random_erasing(ones, 0.0, rng()) is ones
+    assert random_erasing(ones.half(), 1.0, rng()).dtype == torch.float16
+    assert torch.equal(random_erasing(ones, 1.0, rng(4)), random_erasing(ones, 1.0, rng(4)))
+
+
+# ---------------------------------------------------------------- mixup and CutMix
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 7, 8])
+@pytest.mark.parametrize("mixup, cutmix", [(0.5, 0.0), (0.0, 0.5), (0.5, 0.5), (0.0, 0.0)])
+def test_mix_keeps_the_books(batch, mixup, cutmix):
+    images, labels = torch.rand(batch, 3, 8, 8, generator=rng()), torch.arange(batch) % 4
+    before = images.clone()
+    state = np.random.get_state()[1].copy()
+    for seed in range(8):
+        mixed, targets = mix(images, labels, 4, mixup, cutmix, 0.1, rng(seed))
+        assert mixed.shape == images.shape and targets.shape == (batch, 4)
+        assert torch.allclose(targets.sum(1), torch.ones(batch), atol=1e-6) and (targets >= 0.1 / 4 - 1e-6).all()
+        again = mix(images, labels, 4, mixup, cutmix, 0.1, rng(seed))
+        assert torch.equal(mixed, again[0]) and torch.equal(targets, again[1])
+    assert torch.equal(images, before) and (np.random.get_state()[1] == state).all()
+
+
+def test_mix_targets_say_how_much_of_whom():
+    """Constant images of 0 and 1: the mean of a mixed image is the share its target gives to class 1."""
+    labels = torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    images = labels.float().view(-1, 1, 1, 1).expand(-1, 1, 16, 16)
+    for seed in range(20):
+        for alphas in ((1.0, 0.0), (0.0, 1.0)):
+            mixed, targets = mix(images, labels, 2, *alphas, generator=rng(seed))
+            assert torch.allclose(mixed.mean((1, 2, 3)), targets[:, 1], atol=1e-5)
+
+
+def test_mix_off_is_smoothing_alone():
+    labels = torch.tensor([2, 0])
+    images, targets = mix(torch.zeros(2, 1, 4, 4), labels, 3, smoothing=0.1)
+    assert torch.allclose(targets, mixup_target(labels, 3, 1.0, 0.1))
+    logits = torch.randn(2, 3, generator=rng())
+    expected = F.cross_entropy(logits, labels, label_smoothing=0.1)
+    assert torch.allclose(F.cross_entropy(logits, targets), expected)
+
+
+# ---------------------------------------------------------------- the paper's own
+
+
+@pytest.mark.parametrize("mode, channels", [("RGB", 3), ("L", 1)])
+def test_paper_transform(mode, channels):
+    steps = paper_transform(32, (0.5,) * channels, (0.25,) * channels)
+    names = [type(step).__name__ for step in steps.transforms]
+    assert names == ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "RandAugment", "MaybeToTensor",
+                     "Normalize", "RandomErasing"]
+    crop, _, randaug, *_, erasing = steps.transforms
+    assert crop.scale == (0.75, 1.0) and randaug.num_layers == 2
+    op = randaug.ops[0]
+    assert (op.magnitude, op.magnitude_std, op.prob) == (9, 0.5, 0.5)
+    assert erasing.probability == 0.25 and erasing.per_pixel
+    out = steps(Image.new(mode, (40, 36), 100 if channels == 1 else (9, 99, 199)))
+    assert out.shape == (channels, 32, 32) and out.dtype == torch.float32
+
+
+def test_the_whole_recipe_spreads_like_timms(tiles):
+    """Same recipe, other code: the same mean and spread of the pixels over many draws."""
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(0)
+    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+    theirs = torch.stack([paper_transform(32, mean, std)(to_pil(t)) for t in tiles for _ in range(6)])
+    recipe = Augment(0.75, randaug_n=2, randaug_m=9, randaug_spread=0.5, randaug_policy="timm", erase=0.25)
+    g = rng()
+    ours = recipe.erasing(normalize(recipe(tiles.repeat_interleave(6, 0), g), mean, std), g)
+    assert abs(ours.mean() - theirs.mean()) < 0.12 and abs(ours.std() - theirs.std()) < 0.12
+
+
+# ---------------------------------------------------------------- errors
+
+
+BAD = {
+    "shape": (lambda x: random_flip(x[0]), "expected (B, C, H, W)"),
+    "empty": (lambda x: random_flip(x[:0]), "none of them 0"),
+    "type": (lambda x: random_flip(x.int()), "torch.int32"),
+    "scale": (lambda x: random_resized_crop(x, (0.5, 1.2)), "scale is (0.5, 1.2)"),
+    "ratio": (lambda x: random_resized_crop(x, (0.5, 1), (2, 1)), "ratio is (2, 1)"),
+    "policy": (lambda x: rand_augment(x, policy="nope"), "expected one of timm, torchvision"),
+    "m": (lambda x: rand_augment(x, 2, 12, policy="timm"), "m is 12, expected 0 to 10"),
+    "n": (lambda x: rand_augment(x, -1), "n is -1"),
+    "ops": (lambda x: apply_ops(x, torch.zeros(1).long(), torch.zeros(1)), "on the CPU"),
+    "jitter": (lambda x: color_jitter(x, 1.5), "strength is 1.5"),
+    "mean": (lambda x: normalize(x, (0.5,), (0.2,)), "expected 3, one a channel"),
+    "std": (lambda x: normalize(x, (0.5,) * 3, (0.0,) * 3), "no std of 0"),
+    "erase": (lambda x: random_erasing(x), "normalised floats"),
+    "erase p": (lambda x: random_erasing(x.float(), 2.0), "p is 2.0"),
+    "erase mode": (lambda x: random_erasing(x.float(), mode="x"), "pixel or const"),
+    "mix type": (lambda x: mix(x, torch.zeros(len(x)).long(), 3, 0.5), "expected floats"),
+    "mix labels": (lambda x: mix(x.float(), torch.zeros(2).long(), 3, 0.5), "one an image"),
+    "smoothing": (lambda x: mix(x.float(), torch.zeros(len(x)).long(), 3, smoothing=3), "smoothing is 3"),
+    "Augment": (lambda x: Augment(crop_scale=2.0), "crop_scale is 2.0"),
+    "Augment m": (lambda x: Augment(randaug_n=1, randaug_m=31), "expected 0 to 30"),
+    "Augment mode": (lambda x: Augment(erase_mode="x"), "erase_mode is 'x'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_one_clear_sentence(tiles, case):
+    call, words = BAD[case]
+    with pytest.raises(ValueError) as caught:
+        call(tiles)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- another device
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_waits_for_nothing_and_agrees(tiles):
+    on_gpu = tiles.cuda()
+    recipe = Augment(0.5, randaug_n=2, randaug_m=9, randaug_spread=0.5, randaug_policy="timm", jitter=0.2, erase=0.5)
+    labels = torch.arange(len(tiles), device="cuda") % 5
+
+    def run(images, labels):
+        g = rng(1)
+        out = recipe.erasing(normalize(recipe(images, g), (0.5,) * 3, (0.2,) * 3), g)
+        return recipe(images, rng(1)), mix(out, labels, 5, 0.5, 0.5, 0.1, g)
+
+    run(on_gpu, labels)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pixels, _ = run(on_gpu, labels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected, _ = run(tiles, labels.cpu())
+    off = (pixels.cpu().int() - expected.int()).abs() > 2
+    assert off.double().mean() < 0.01
