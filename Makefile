@@ -33,7 +33,7 @@ book: $(READY)
 	@echo "The book is at file://$(CURDIR)/_build/html/index.html"
 
 test: $(READY)
-	@$(PY) -m pytest
+	@$(PY) -m pytest $(TESTS)
 
 serve: book
 	@$(PY) -m http.server --directory _build/html $(PORT)

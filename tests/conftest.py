@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,15 @@ def real_data():
     return str(files[0].parent) if files else None
 
 
+def environment(**more):
+    """Return this process's environment, the commands beside its Python first, and some more."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, **{name: str(value) for name, value in more.items()}}
+
+
 def offline(**more):
     """Return an environment in which nothing is fetched and the data are digits."""
-    return {**os.environ, "CONVMIXER_DATA": "digits", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
-            **{name: str(value) for name, value in more.items()}}
+    return environment(CONVMIXER_DATA="digits", HF_HUB_OFFLINE=1, HF_DATASETS_OFFLINE=1, **more)
 
 
 def untracked():

@@ -2,7 +2,6 @@
 
 import functools
 import http.server
-import os
 import re
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 import yaml
 from browser import browser_page, find_browser
 from bs4 import BeautifulSoup
-from conftest import ROOT, real_data
+from conftest import ROOT, environment, real_data
 from nbdev.config import get_config
 
 HTML = ROOT / "_build" / "html"
@@ -28,12 +27,10 @@ every_notebook = pytest.mark.parametrize("page", NOTEBOOKS)
 @pytest.fixture(scope="session")
 def built():
     """The book, built in full and strictly, with CIFAR-10 where there is one: what it printed."""
-    environment = dict(os.environ)
-    if source := real_data():
-        environment["CONVMIXER_DATA"] = source
+    data = {"CONVMIXER_DATA": source} if (source := real_data()) else {}
     tool = Path(sys.executable).with_name("jupyter-book")
     command = [tool, "build", "-W", "-n", "--keep-going", "--all", "."]
-    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, timeout=1500,
+    done = subprocess.run(command, cwd=ROOT, env=environment(**data), text=True, timeout=1500,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout[-6000:]
     return done.stdout
