@@ -2,6 +2,7 @@
 
 import json
 import os
+import os
 import re
 import shutil
 import subprocess
@@ -90,7 +91,8 @@ def environment(wheel, metadata, tmp_path_factory):
 
 def use(environment, *command, folder):
     """Run a command of the environment away from the checkout; return what it printed."""
-    clean = {name: value for name, value in offline().items() if not name.startswith(("PYTHON", "PATH", "VIRTUAL_ENV"))}
+    clean = {name: value for name, value in offline().items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    clean["PATH"] = os.defpath
     done = subprocess.run([environment / "bin" / command[0], *command[1:]], cwd=folder, env=clean,
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
