@@ -1,0 +1,619 @@
+"""Data: every source, every mode of picture, every error sentence, and a cache that notices damage."""
+
+import io
+import json
+import os
+import shutil
+import struct
+import time
+import warnings
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from huggingface_hub import constants
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits
+
+from convmixer_edu import data
+from convmixer_edu.data import (
+    CIFAR10_MEAN,
+    CIFAR10_STD,
+    DEFAULT_SOURCE,
+    ImageSet,
+    book_source,
+    load_images,
+    read_image,
+    resolve_source,
+    split_holdout,
+    stratified_index,
+)
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path, monkeypatch):
+    """A cache of its own, no data source in the environment, and a Hub that nobody asks."""
+    monkeypatch.setenv("CONVMIXER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("CONVMIXER_DATA", raising=False)
+    monkeypatch.setattr(data, "_hub_reachable", lambda: False)
+    monkeypatch.setattr(data, "_hub_cached", lambda source: False)
+
+
+def pixels(n=12, channels=3, side=6, seed=0):
+    shape = (n, side, side, channels) if channels > 1 else (n, side, side)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def class_folders(root, counts=None, classes=("cat", "dog", "owl")):
+    """train/ and test/ of class folders; returns the pictures by split and class."""
+    kept = {}
+    for seed, (split, count) in enumerate((counts or {"train": 4, "test": 2}).items()):
+        for c, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            kept[split, name] = pixels(count, seed=10 * seed + c)
+            for i, picture in enumerate(kept[split, name]):
+                Image.fromarray(picture).save(folder / f"{i}.png")
+    return kept
+
+
+def parquet(root, name="train-00000-of-00001.parquet", n=12, labels=None, columns=("img", "label"), seed=0):
+    """A parquet file as `datasets` writes it, with an image and a class column."""
+    pictures = pixels(n, seed=seed)
+    features = {columns[0]: datasets.Image(), columns[1]: datasets.ClassLabel(names=["a", "b", "c"])}
+    rows = {columns[0]: [Image.fromarray(p) for p in pictures], columns[1]: labels or [i % 3 for i in range(n)]}
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(root / name)
+    return pictures
+
+
+def to_chw(pictures):
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2)
+
+
+def cache_files(tmp_path):
+    return sorted((tmp_path / "cache").glob("*"))
+
+
+# ---------------------------------------------------------------- the set
+
+
+def small_set(n=30, classes=3):
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (n, 3, 4, 4), dtype=torch.uint8, generator=g)
+    return ImageSet(images, torch.arange(n) % classes, tuple("abcdefghij"[:classes]))
+
+
+def test_set_basics():
+    s = small_set()
+    assert len(s) == 30 and repr(s) == "ImageSet(30 of 3x4x4, 3 classes)"
+    for index in (slice(3, 9), [5, 1], torch.tensor([2, 2])):
+        part = s.subset(index)
+        assert torch.equal(part.images, s.images[index]) and torch.equal(part.labels, s.labels[index])
+    with pytest.raises(AttributeError):
+        s.images = None
+
+
+def test_fingerprint_sees_everything():
+    s = small_set()
+    pixel, label = s.images.clone(), s.labels.clone()
+    pixel[7, 1, 2, 3] ^= 1
+    label[3] = (label[3] + 1) % 3
+    variants = [
+        ImageSet(pixel, s.labels, s.classes), ImageSet(s.images, label, s.classes),
+        ImageSet(s.images, s.labels, ("a", "b", "d")), ImageSet(s.images.view(30, 3, 2, 8), s.labels, s.classes),
+        s.subset(slice(1, None)),
+    ]
+    prints = {v.fingerprint for v in [s, *variants]}
+    assert len(prints) == 6 and all(len(p) == 64 for p in prints)
+    assert ImageSet(s.images.clone(), s.labels.clone(), s.classes).fingerprint == s.fingerprint
+    strided = s.images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    assert ImageSet(strided, s.labels, s.classes).fingerprint == s.fingerprint
+
+
+@pytest.mark.parametrize("images, labels, words", [
+    (torch.zeros(2, 3, 4, 4), torch.zeros(2).long(), "images are torch.float32"),
+    (torch.zeros(2, 4, 4, dtype=torch.uint8), torch.zeros(2).long(), "shape (2, 4, 4)"),
+    (torch.zeros(0, 3, 4, 4, dtype=torch.uint8), torch.zeros(0).long(), "none of them 0"),
+    (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2), "labels are torch.float32"),
+    (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(3).long(), "one an image"),
+    (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 2]), "labels run from 0 to 2"),
+    (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([-1, 0]), "published unlabelled"),
+])
+def test_set_refuses(images, labels, words):
+    with pytest.raises(ValueError, match=".*") as caught:
+        ImageSet(images, labels, ("a", "b"))
+    assert words in str(caught.value)
+
+
+# ---------------------------------------------------------------- choosing
+
+
+def test_holdout_is_exact_and_seeded():
+    s = small_set(n=60, classes=3)
+    rest, held = split_holdout(s, 12, seed=4)
+    assert torch.bincount(held.labels).tolist() == [4, 4, 4] and torch.bincount(rest.labels).tolist() == [16] * 3
+    again = split_holdout(s, 12, seed=4)
+    assert [p.fingerprint for p in again] == [rest.fingerprint, held.fingerprint]
+    assert split_holdout(s, 12, seed=5)[1].fingerprint != held.fingerprint
+    both = torch.cat([rest.images, held.images]).flatten(1).unique(dim=0)
+    assert torch.equal(both, s.images.flatten(1).unique(dim=0))  # nothing lost, nothing twice
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 10, 33, 99, 100])
+def test_stratified_shares_are_as_close_as_whole_numbers_allow(count):
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 19 + [4])  # class 3 has none
+    index = stratified_index(labels, count)
+    assert len(index) == count and torch.equal(index, index.unique())
+    sizes = torch.bincount(labels, minlength=5)
+    got = torch.bincount(labels[index], minlength=5)
+    exact = sizes.double() * count / len(labels)
+    assert ((got - exact).abs() < 1).all() and (got <= sizes).all()
+    assert torch.equal(index, stratified_index(labels, count))
+
+
+@pytest.mark.parametrize("count", [0, -1, 61, 2.5, True, "5"])
+def test_counts_are_checked(count):
+    with pytest.raises(ValueError, match="count is .*, expected a whole number from 1"):
+        stratified_index(torch.arange(60) % 3, count)
+
+
+def test_holdout_leaves_something():
+    with pytest.raises(ValueError, match="from 1 up to 29"):
+        split_holdout(small_set(), 30)
+
+
+# ---------------------------------------------------------------- one picture
+
+
+MODES = {  # a picture of each mode, and the RGB that must come out
+    "RGB": (Image.new("RGB", (5, 4), (10, 20, 30)), (10, 20, 30)),
+    "L": (Image.new("L", (5, 4), 77), (77, 77, 77)),
+    "1": (Image.new("1", (5, 4), 1), (255, 255, 255)),
+    "P": (Image.new("RGB", (5, 4), (255, 0, 0)).convert("P", palette=Image.Palette.ADAPTIVE), (255, 0, 0)),
+    "RGBA": (Image.new("RGBA", (5, 4), (10, 20, 30, 255)), (10, 20, 30)),
+    "glass": (Image.new("RGBA", (5, 4), (10, 20, 30, 0)), (255, 255, 255)),
+    "half glass": (Image.new("RGBA", (5, 4), (0, 0, 0, 128)), (127, 127, 127)),
+    "LA": (Image.new("LA", (5, 4), (40, 255)), (40, 40, 40)),
+    "16 bit": (Image.fromarray(np.full((4, 5), 0x80FF, np.uint16)), (128, 128, 128)),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_becomes_rgb(mode):
+    picture, expected = MODES[mode]
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    out = read_image(file)
+    assert out.shape == (3, 4, 5) and out.dtype == torch.uint8
+    assert torch.equal(out, torch.tensor(expected, dtype=torch.uint8).view(3, 1, 1).expand(3, 4, 5))
+
+
+def test_cmyk_and_a_turned_camera(tmp_path):
+    Image.new("CMYK", (16, 8), (0, 255, 255, 0)).save(tmp_path / "red.jpg", quality=95)
+    r, g, b = read_image(tmp_path / "red.jpg").float().mean((1, 2))
+    assert r > 240 and g < 30 and b < 30
+    upright = pixels(1, side=8)[0][:, :4]  # 4 wide, 8 high
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying, shown turned by a quarter
+    lying = Image.fromarray(np.rot90(upright).copy())
+    lying.save(tmp_path / "turned.png", exif=exif)
+    assert torch.equal(read_image(tmp_path / "turned.png"), torch.from_numpy(upright).permute(2, 0, 1))
+
+
+def test_size_cuts_the_middle_square(tmp_path):
+    bands = np.zeros((10, 30, 3), np.uint8)
+    bands[:, 10:20] = 200
+    Image.fromarray(bands).save(tmp_path / "wide.png")
+    out = read_image(tmp_path / "wide.png", size=10)
+    assert out.shape == (3, 10, 10) and (out == 200).all()
+    assert read_image(tmp_path / "wide.png", size=4, channels=1).shape == (1, 4, 4)
+    assert read_image(tmp_path / "wide.png", channels=1).shape == (1, 10, 30)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + b"junk" * 9])
+def test_no_image_is_named(tmp_path, content):
+    (tmp_path / "cat.png").write_bytes(content)
+    with pytest.raises(ValueError, match="cat.png is not an image that can be read") as caught:
+        read_image(tmp_path / "cat.png")
+    assert "\n" not in str(caught.value)
+
+
+def test_broken_images(tmp_path):
+    Image.fromarray(pixels(1, side=64)[0]).save(tmp_path / "cut.png")
+    whole = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="cut.png is not an image"):
+        read_image(tmp_path / "cut.png")
+    with pytest.raises(FileNotFoundError, match="there is no file .*none.png"):
+        read_image(tmp_path / "none.png")
+    with pytest.raises(ValueError, match="is not an image"):
+        read_image(tmp_path)
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(ValueError, match="float.tiff .* floats"):
+        read_image(tmp_path / "float.tiff")
+
+
+# ---------------------------------------------------------------- sources
+
+
+def test_resolve(monkeypatch, tmp_path):
+    assert resolve_source() == DEFAULT_SOURCE == "uoft-cs/cifar10"
+    monkeypatch.setenv("CONVMIXER_DATA", "digits")
+    assert resolve_source() == "digits" and resolve_source(tmp_path) == str(tmp_path)
+    monkeypatch.setenv("CONVMIXER_DATA", "")
+    assert resolve_source() == DEFAULT_SOURCE
+
+
+def test_digits():
+    train, test = load_images("digits"), load_images("digits", "test")
+    assert len(test) == 1797 // 5 and len(train) + len(test) == 1797
+    assert train.images.shape[1:] == (1, 8, 8) and train.classes == tuple("0123456789")
+    share = torch.bincount(load_images("digits", "test").labels) / torch.bincount(torch.cat([train.labels, test.labels]))
+    assert (share - 0.2).abs().max() < 0.01
+    assert train.images.max() == 255 and train.images.min() == 0
+    original = {tuple(np.round(i * 255 / 16).astype(int).ravel()) for i in load_digits().images}
+    assert {tuple(i.flatten().tolist()) for i in train.images} <= original
+    assert load_images("digits").fingerprint == train.fingerprint
+    assert load_images("digits", size=16).images.shape[1:] == (1, 16, 16)
+
+
+def test_class_folders(tmp_path):
+    kept = class_folders(tmp_path / "pets")
+    for clutter in (".hidden", "Thumbs.db", ".DS_Store", "desktop.ini"):
+        (tmp_path / "pets" / "train" / "cat" / clutter).write_text("x")
+        (tmp_path / "pets" / "train" / clutter).write_text("x")
+    (tmp_path / "pets" / "README.md").write_text("about")
+    for split in ("train", "test"):
+        s = load_images(tmp_path / "pets", split)
+        expected = np.concatenate([kept[split, name] for name in s.classes])
+        assert s.classes == ("cat", "dog", "owl") and torch.equal(s.images, to_chw(expected))
+        assert torch.equal(s.labels, torch.arange(3).repeat_interleave(len(expected) // 3))
+
+
+def test_parquet(tmp_path):
+    first = parquet(tmp_path / "p", "train-00000-of-00002.parquet", seed=1)
+    second = parquet(tmp_path / "p", "train-00001-of-00002.parquet", seed=2)
+    parquet(tmp_path / "p", "test-00000-of-00001.parquet", n=6, seed=3)
+    s = load_images(tmp_path / "p")
+    assert torch.equal(s.images, to_chw(np.concatenate([first, second]))) and s.classes == ("a", "b", "c")
+    assert s.labels.tolist() == [i % 3 for i in range(12)] * 2
+    assert len(load_images(tmp_path / "p", "test")) == 6
+
+
+@pytest.mark.parametrize("name", ["data/train-0.parquet", "plain_text/train/0000.parquet", "train.parquet"])
+def test_parquet_layouts_and_column_names(tmp_path, name):
+    pictures = parquet(tmp_path / "p", name, columns=("photo", "species"))
+    assert torch.equal(load_images(tmp_path / "p").images, to_chw(pictures))
+
+
+def test_progress_bars_of_datasets_are_left_as_they_were(tmp_path):
+    parquet(tmp_path / "p")
+    for quiet in (True, False):
+        (datasets.disable_progress_bars if quiet else datasets.enable_progress_bars)()
+        load_images(tmp_path / "p", limit=3)
+        assert datasets.are_progress_bars_disabled() == quiet
+
+
+def test_hub(monkeypatch):
+    pictures, asked = pixels(12), []
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    table = datasets.Dataset.from_dict(
+        {"img": [Image.fromarray(p) for p in pictures], "label": [0, 1] * 6}, features=features)
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return table
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(data, "_hub_reachable", lambda: True)
+    s = load_images()
+    assert torch.equal(s.images, to_chw(pictures)) and asked == [(DEFAULT_SOURCE, "train")]
+    monkeypatch.setattr(data, "_hub_reachable", lambda: False)
+    assert load_images().fingerprint == s.fingerprint and len(asked) == 1  # the cache needs no network
+
+
+def test_hub_errors(monkeypatch):
+    with pytest.raises(FileNotFoundError, match="cannot be reached: set CONVMIXER_DATA to a folder"):
+        load_images("someone/something")
+    monkeypatch.setattr(data, "_hub_reachable", lambda: True)
+
+    def fail(error):
+        def load_dataset(*_, **__):
+            raise error
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+    fail(datasets.exceptions.DatasetNotFoundError("gone"))
+    with pytest.raises(FileNotFoundError, match="neither a folder here nor a dataset"):
+        load_images("someone/something")
+    fail(ValueError('Unknown split "x".\nShould be one of'))
+    with pytest.raises(ValueError, match="cannot be loaded from the Hugging Face Hub: Unknown split") as caught:
+        load_images("someone/something", "x")
+    assert "\n" not in str(caught.value)
+
+
+def test_book_source(monkeypatch, capsys, tmp_path):
+    assert book_source() == "digits" and "out of reach" in capsys.readouterr().out
+    monkeypatch.setattr(data, "_hub_reachable", lambda: True)
+    assert book_source() == DEFAULT_SOURCE and not capsys.readouterr().out
+    monkeypatch.setenv("CONVMIXER_DATA", "digits")
+    assert book_source() == "digits" and "CONVMIXER_DATA says so" in capsys.readouterr().out
+    monkeypatch.setenv("CONVMIXER_DATA", str(tmp_path))
+    assert book_source() == str(tmp_path) and not capsys.readouterr().out
+
+
+def test_an_unreachable_hub_is_noticed_quickly(monkeypatch):
+    monkeypatch.undo()
+    reachable = data._hub_reachable.__wrapped__
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert reachable() is False
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_, **__: time.sleep(30))  # a name that hangs
+    start = time.monotonic()
+    assert reachable(0.2) is False and time.monotonic() - start < 5
+
+
+# ---------------------------------------------------------------- limit and size
+
+
+def test_limit_keeps_the_shares(tmp_path):
+    class_folders(tmp_path / "pets", {"train": 10, "test": 2})
+    cold = load_images(tmp_path / "pets", limit=6)
+    assert torch.bincount(cold.labels).tolist() == [2, 2, 2]
+    assert not cache_files(tmp_path)  # part of a split is not kept
+    whole = load_images(tmp_path / "pets")
+    warm = load_images(tmp_path / "pets", limit=6)
+    assert warm.fingerprint == cold.fingerprint != whole.fingerprint
+    assert len(load_images(tmp_path / "pets", limit=1000)) == 30
+
+
+def test_only_the_limit_is_decoded(tmp_path, monkeypatch):
+    parquet(tmp_path / "p", n=30)
+    seen, original = [], data.read_image
+    monkeypatch.setattr(data, "read_image", lambda *a, **k: seen.append(1) or original(*a, **k))
+    load_images(tmp_path / "p", limit=6)
+    assert len(seen) == 6
+
+
+def test_sizes(tmp_path):
+    class_folders(tmp_path / "pets")
+    Image.new("RGB", (9, 7)).save(tmp_path / "pets" / "train" / "owl" / "odd.png")
+    with pytest.raises(ValueError, match="odd.png is 9x7 where the first image is 6x6, expected one size: give size="):
+        load_images(tmp_path / "pets")
+    assert load_images(tmp_path / "pets", size=5).images.shape == (13, 3, 5, 5)
+
+
+@pytest.mark.parametrize("option", [{"limit": 0}, {"limit": -3}, {"size": 0}, {"size": 2.5}, {"limit": "x"}])
+def test_options_are_checked(option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} is .*, expected a whole number from 1"):
+        load_images("digits", **option)
+
+
+# ---------------------------------------------------------------- what is wrong with a source
+
+
+def broken(root, kind):
+    """A source with one thing wrong, and the words its error must hold."""
+    pets = root / "pets"
+    if kind == "missing":
+        return pets, FileNotFoundError, ["there is no folder"]
+    if kind == "empty":
+        pets.mkdir()
+        return pets, ValueError, ["is empty", "expected parquet files"]
+    if kind == "file":
+        pets.write_text("x")
+        return pets, ValueError, ["is a file, expected a folder"]
+    if kind == "parquet that is none":
+        pets.mkdir()
+        (pets / "train.parquet").write_text("x")
+        return pets, ValueError, ["train.parquet cannot be read as parquet"]
+    if kind == "no image column":
+        pets.mkdir()
+        datasets.Dataset.from_dict({"text": ["a"], "label": [0]}).to_parquet(pets / "train.parquet")
+        return pets, ValueError, ["no Image column", "text, label"]
+    if kind == "unlabelled":
+        parquet(pets, labels=[-1] * 12)
+        return pets, ValueError, ["labels run from -1", "published unlabelled"]
+    if kind == "no such split":
+        parquet(pets, "test-0.parquet")
+        return pets, ValueError, ["has no split 'train'", "expected one of: test"]
+    class_folders(pets, classes=("cat",) if kind == "one class" else ("cat", "dog"))
+    if kind == "one class":
+        return pets, ValueError, ["only the class cat", "at least two"]
+    if kind == "text":
+        (pets / "train" / "cat" / "notes.txt").write_text("x")
+        return pets, ValueError, ["notes.txt is not an image"]
+    if kind == "disguised text":
+        (pets / "train" / "cat" / "notes.png").write_text("x")
+        return pets, ValueError, ["notes.png is not an image"]
+    if kind == "stray file":
+        (pets / "train" / "list.csv").write_text("x")
+        return pets, ValueError, ["list.csv is a file", "only class folders"]
+    if kind == "folder in a class":
+        (pets / "train" / "cat" / "more").mkdir()
+        return pets, ValueError, ["more is not an image"]
+    if kind == "empty class":
+        (pets / "train" / "ant").mkdir()
+        return pets, ValueError, ["ant is empty", "at least one image"]
+    if kind == "classes differ":
+        (pets / "test" / "dog").rename(pets / "test" / "wolf")
+        return pets, ValueError, ["classes of train and test differ", "dog, wolf"]
+    if kind == "no test":
+        shutil.rmtree(pets / "test")
+        return pets, ValueError, ["expected parquet files, or the folders train and test"]
+    raise KeyError(kind)
+
+
+KINDS = ["missing", "empty", "file", "parquet that is none", "no image column", "unlabelled", "no such split",
+         "one class", "text", "disguised text", "stray file", "folder in a class", "empty class", "classes differ",
+         "no test"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_clear_sentence(tmp_path, kind):
+    source, error, words = broken(tmp_path, kind)
+    with pytest.raises(error) as caught:
+        load_images(source)
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message and not cache_files(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["nowhere", "./no/where", "~nobody/x/y"])
+def test_no_such_source(source):
+    with pytest.raises(FileNotFoundError, match="expected a folder, a Hub dataset written owner/name, or digits"):
+        load_images(source)
+
+
+@pytest.mark.parametrize("source", ["digits", "pets"])
+def test_unknown_split(tmp_path, monkeypatch, source):
+    class_folders(tmp_path / "pets")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="has no split 'validation', expected one of: test, train"):
+        load_images(source, "validation")
+
+
+# ---------------------------------------------------------------- the cache
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """A folder decoded once; returns it, its fingerprint, the cache file and a count of decoded images."""
+    class_folders(tmp_path / "pets")
+    original, seen = data.read_image, []
+    monkeypatch.setattr(data, "read_image", lambda *a, **k: seen.append(1) or original(*a, **k))
+    fingerprint = load_images(tmp_path / "pets").fingerprint
+    file, = cache_files(tmp_path)
+    assert len(seen) == 12
+    seen.clear()
+    return tmp_path / "pets", fingerprint, file, seen
+
+
+def test_cache_is_used(kept):
+    folder, fingerprint, _, seen = kept
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = load_images(folder)
+    assert again.fingerprint == fingerprint and not seen
+    assert again.classes == ("cat", "dog", "owl")
+
+
+def test_cache_is_the_same_however_the_folder_is_written(kept, monkeypatch):
+    folder, fingerprint, _, seen = kept
+    monkeypatch.chdir(folder.parent)
+    assert load_images("pets").fingerprint == fingerprint and not seen
+    assert load_images("./pets/../pets").fingerprint == fingerprint and not seen
+
+
+def flip(file, at):
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "a flipped pixel": lambda f: flip(f, f.stat().st_size // 2),
+    "the last byte": lambda f: flip(f, -1),
+    "the header": lambda f: flip(f, 20),
+    "the header's length": lambda f: flip(f, 6),
+    "truncated": lambda f: os.truncate(f, f.stat().st_size - 7),
+    "cut short": lambda f: os.truncate(f, 5),
+    "empty": lambda f: os.truncate(f, 0),
+    "another file": lambda f: f.write_text("not a cache"),
+    "other tensors": lambda f: save_file({"weight": torch.zeros(3)}, f),
+    "other tensors with notes": lambda f: save_file({"weight": torch.zeros(3)}, f, notes(f)),
+    "other pixels": lambda f: save_file({**load_file(f), "images": torch.zeros(12, 3, 6, 6, dtype=torch.uint8)}, f, notes(f)),
+    "other classes": lambda f: save_file(load_file(f), f, {**notes(f), "classes": '["x", "y", "z"]'}),
+    "fewer classes": lambda f: save_file(load_file(f), f, {**notes(f), "classes": '["x"]'}),
+}
+
+
+def notes(file):
+    head = file.read_bytes()
+    length, = struct.unpack("<Q", head[:8])
+    return json.loads(head[8: 8 + length])["__metadata__"]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_noticed_and_mended(kept, damage):
+    folder, fingerprint, file, seen = kept
+    DAMAGE[damage](file)
+    with pytest.warns(UserWarning, match="is damaged .* decoded again"):
+        assert load_images(folder).fingerprint == fingerprint
+    assert len(seen) == 12
+    seen.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_images(folder).fingerprint == fingerprint and not seen
+
+
+@pytest.mark.parametrize("change", ["touch", "replace", "add", "remove", "rename"])
+def test_a_changed_source_is_decoded_anew(kept, change):
+    folder, fingerprint, _, seen = kept
+    file = folder / "train" / "cat" / "0.png"
+    if change == "touch":
+        os.utime(file, ns=(1, 1))
+    elif change == "replace":
+        Image.new("RGB", (6, 6), (1, 2, 3)).save(file)
+    elif change == "add":
+        shutil.copy(file, file.with_name("9.png"))
+    elif change == "remove":
+        file.unlink()
+    else:
+        file.rename(file.with_name("8.png"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = load_images(folder)
+    assert seen and (again.fingerprint == fingerprint) == (change == "touch")
+
+
+def test_splits_and_sizes_have_their_own_files(kept, tmp_path):
+    folder, *_ = kept
+    load_images(folder, "test"), load_images(folder, size=4)
+    assert len(cache_files(tmp_path)) == 3
+    assert load_images(folder, size=4).images.shape[2:] == (4, 4)
+
+
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+    class_folders(tmp_path / "pets")
+
+    def full(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(data.os, "replace", full)
+    with pytest.warns(UserWarning, match="could not be kept in .* no space left"):
+        assert len(load_images(tmp_path / "pets")) == 12
+    assert not cache_files(tmp_path)
+
+
+def test_a_cache_folder_that_cannot_be_made(tmp_path, monkeypatch):
+    class_folders(tmp_path / "pets")
+    (tmp_path / "blocked").write_text("a file where the folder should be")
+    monkeypatch.setenv("CONVMIXER_CACHE", str(tmp_path / "blocked" / "cache"))
+    with pytest.warns(UserWarning, match="could not be kept"):
+        assert len(load_images(tmp_path / "pets")) == 12
+
+
+# ---------------------------------------------------------------- the real thing
+
+
+def test_cifar10_is_the_published_one(cifar10, monkeypatch):
+    monkeypatch.delenv("CONVMIXER_CACHE")  # decoded once for all who test here
+    train, test = load_images(cifar10), load_images(cifar10, "test")
+    assert train.images.shape == (50_000, 3, 32, 32) and test.images.shape == (10_000, 3, 32, 32)
+    assert torch.bincount(train.labels).tolist() == [5000] * 10 and torch.bincount(test.labels).tolist() == [1000] * 10
+    assert train.classes[:3] == ("airplane", "automobile", "bird")
+    for channel, mean, std in zip(train.images.unbind(1), CIFAR10_MEAN, CIFAR10_STD):
+        values = channel.double() / 255
+        assert abs(values.mean() - mean) < 5e-5 and abs(values.std() - std) < 5e-5
+    rest, held = split_holdout(train)
+    assert torch.bincount(held.labels).tolist() == [500] * 10 and len(rest) == 45_000
+
+
+def test_no_picture_is_in_the_repository():
+    """CIFAR-10 is for local use: nothing of it is committed."""
+    found = [p for p in ROOT.rglob("*.parquet") if ".venv" not in p.parts]
+    assert not found
