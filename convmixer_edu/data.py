@@ -4,7 +4,7 @@
 __all__ = ['DEFAULT_SOURCE', 'CIFAR10_MEAN', 'CIFAR10_STD', 'ImageSet', 'stratified_index', 'split_holdout', 'read_image',
            'resolve_source', 'load_images', 'book_source']
 
-# %% ../nbs/04_data.ipynb #115a0c1d
+# %% ../nbs/04_data.ipynb #a43f73eb
 import hashlib
 import json
 import os
@@ -30,7 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-# %% ../nbs/04_data.ipynb #d80e04ac
+# %% ../nbs/04_data.ipynb #76711bfa
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """Images, their labels and the names of the classes, all in memory.
@@ -67,7 +67,7 @@ class ImageSet:
         images, labels = self.images[index], self.labels[index]
         return ImageSet(images, labels, self.classes)
 
-# %% ../nbs/04_data.ipynb #74090275
+# %% ../nbs/04_data.ipynb #6b6da4cb
 def _check_images(images):
     "Images are uint8 (N, C, H, W), or a ValueError says what they are."
     shape, dtype = tuple(images.shape), images.dtype
@@ -88,7 +88,12 @@ def _check_labels(labels, count, num_classes):
                          f"{num_classes - 1} for {num_classes} classes; "
                          "-1 marks a split that was published unlabelled")
 
-# %% ../nbs/04_data.ipynb #c8461930
+# %% ../nbs/04_data.ipynb #7762e652
+DEFAULT_SOURCE = "uoft-cs/cifar10"
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # of the training split, as published
+CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+# %% ../nbs/04_data.ipynb #4a4aec19
 def stratified_index(
     labels: Tensor,  # int64 (N,)
     count: int,  # how many to choose, 1 to N
@@ -124,7 +129,7 @@ def _check_count(name, value, most=None):
         raise ValueError(f"{name} is {value!r}, expected a whole number "
                          f"from 1{top}")
 
-# %% ../nbs/04_data.ipynb #49f6e1ca
+# %% ../nbs/04_data.ipynb #bf9b79e5
 def split_holdout(
     data: ImageSet,
     count: int = 5000,  # images to hold out
@@ -141,7 +146,7 @@ def split_holdout(
     keep[held] = False
     return data.subset(keep.nonzero()[:, 0]), data.subset(held)
 
-# %% ../nbs/04_data.ipynb #9c1ca36e
+# %% ../nbs/04_data.ipynb #fb983952
 _HAS_ALPHA = {"RGBA", "RGBa", "LA", "La", "PA"}
 
 
@@ -158,7 +163,7 @@ def _to_rgb(image):
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
 
-# %% ../nbs/04_data.ipynb #560a5272
+# %% ../nbs/04_data.ipynb #33e8974d
 def read_image(
     file,  # a path, or a binary file object
     size: int | None = None,  # side in pixels; None keeps the image's own
@@ -198,12 +203,7 @@ def _to_tensor(image, size, channels):
     pixels = torch.from_numpy(np.array(image))
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
 
-# %% ../nbs/04_data.ipynb #28c8bc00
-DEFAULT_SOURCE = "uoft-cs/cifar10"
-CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # of the training split, as published
-CIFAR10_STD = (0.2470, 0.2435, 0.2616)
-
-
+# %% ../nbs/04_data.ipynb #1190c47a
 def resolve_source(
     source: str | os.PathLike | None = None,  # None asks the environment
 ) -> str:
@@ -228,7 +228,7 @@ def _kind(source):
         f"there is no folder {source}; expected a folder, a Hub dataset "
         "written owner/name, or digits")
 
-# %% ../nbs/04_data.ipynb #4a77be1f
+# %% ../nbs/04_data.ipynb #20273f76
 def _digits(split, size):
     "scikit-learn's digits: grey, 8 by 8, a seeded stratified fifth as test."
     from sklearn.datasets import load_digits  # slow to import
@@ -253,7 +253,7 @@ def _pick_split(splits, split, source):
                          f"of: {there}")
     return splits[split]
 
-# %% ../nbs/04_data.ipynb #4cef239d
+# %% ../nbs/04_data.ipynb #b3c2fbb4
 _CLUTTER = {"thumbs.db", "desktop.ini"}
 
 
@@ -281,12 +281,12 @@ def _class_files(folder):
                              "at least one image: fill or remove it")
     return files
 
-# %% ../nbs/04_data.ipynb #65d2253d
+# %% ../nbs/04_data.ipynb #e0c73755
 def _parts(folder):
     "The folders train and test, or a ValueError that says what is missing."
     parts = {p.name: p for p in _visible(folder) if p.is_dir()}
     if not {"train", "test"} <= set(parts):
-        what = "is empty" if not parts else "has no such files or folders"
+        what = "holds neither" if _visible(folder) else "is empty"
         raise ValueError(f"folder {folder} {what}, expected parquet files, "
                          "or the folders train and test with a folder of "
                          "images for each class in both")
@@ -312,7 +312,7 @@ def _open_class_folders(folder, split):
 
     yield labels, tuple(files), rows
 
-# %% ../nbs/04_data.ipynb #4ad7acbc
+# %% ../nbs/04_data.ipynb #345e97c8
 def _parquet_files(folder):
     "Parquet files by split, which is the first word of their name."
     splits = {}
@@ -345,7 +345,7 @@ def _open_parquet(folder, split, files):
                 datasets.enable_progress_bars()
         yield _table_rows(table, str(folder))
 
-# %% ../nbs/04_data.ipynb #b40d0004
+# %% ../nbs/04_data.ipynb #efdb06b6
 def _table_rows(table, source):
     "Labels, classes and rows of a `datasets` table, found by column type."
     import datasets
@@ -380,7 +380,7 @@ def _cell_file(cell):
         return BytesIO(cell["bytes"])
     return cell["path"] if cell else BytesIO()
 
-# %% ../nbs/04_data.ipynb #66a98a99
+# %% ../nbs/04_data.ipynb #c3f05f07
 @cache
 def _hub_reachable(seconds=3.0):
     "Whether the Hub answers in time; asked once a process."
@@ -414,7 +414,7 @@ def _hub_cached(source):
     folder = Path(datasets.config.HF_DATASETS_CACHE)
     return (folder / source.replace("/", "___")).is_dir()
 
-# %% ../nbs/04_data.ipynb #cf4e65aa
+# %% ../nbs/04_data.ipynb #e344ff51
 @contextmanager
 def _open_hub(source, split):
     "Rows of a dataset on the Hugging Face Hub."
@@ -436,7 +436,7 @@ def _open_hub(source, split):
                          f"Hub: {_brief(error)}") from None
     yield _table_rows(table, source)
 
-# %% ../nbs/04_data.ipynb #72b5762a
+# %% ../nbs/04_data.ipynb #85c31e6c
 def _open(source, split):
     "A context with (labels, classes, rows); rows(index) yields (name, file)."
     if _kind(source) == "hub":
@@ -447,7 +447,7 @@ def _open(source, split):
         return _open_parquet(folder, split, files)
     return _open_class_folders(folder, split)
 
-# %% ../nbs/04_data.ipynb #29e90aa5
+# %% ../nbs/04_data.ipynb #fad3a0be
 _BAR_FROM = 5000  # fewer images are decoded before a bar could be read
 
 
@@ -469,7 +469,7 @@ def _decode(rows, size):
         images[slot] = picture
     return images
 
-# %% ../nbs/04_data.ipynb #2e21bdfd
+# %% ../nbs/04_data.ipynb #245ad028
 def _read_source(source, split, size, limit):
     "Decode a split, or a stratified `limit` of it."
     with _open(source, split) as (labels, classes, rows):
@@ -486,7 +486,7 @@ def _read_source(source, split, size, limit):
         images = _decode((len(index), rows(index)), size)
         return ImageSet(images, labels[index], classes)
 
-# %% ../nbs/04_data.ipynb #72832ddf
+# %% ../nbs/04_data.ipynb #c229336c
 _DECODER = "1"  # raised whenever the same file would decode differently
 
 
@@ -522,7 +522,7 @@ def _cache_file(source, split, size):
     name = f"{slug}-{split}-{key[:12]}.safetensors"
     return Path(root).expanduser() / name
 
-# %% ../nbs/04_data.ipynb #19f7f430
+# %% ../nbs/04_data.ipynb #ce568bd4
 def _write_cache(file, data, state):
     "Keep a decoded split: written aside, flushed, then put in place."
     aside = file.with_name(f".{file.name}.{os.getpid()}")
@@ -542,7 +542,7 @@ def _write_cache(file, data, state):
                       f"{file.parent} and will be decoded again next time: "
                       f"{error}", stacklevel=3)
 
-# %% ../nbs/04_data.ipynb #0bf6cdcd
+# %% ../nbs/04_data.ipynb #9a7c8ce3
 def _read_cache(file, state):
     "The kept split; None if there is none, it is stale, or it is damaged."
     if not file.exists():
@@ -563,7 +563,7 @@ def _read_cache(file, state):
                       "images are decoded again", stacklevel=3)
         return None
 
-# %% ../nbs/04_data.ipynb #a4764fc6
+# %% ../nbs/04_data.ipynb #00a444e4
 def load_images(
     source: str | os.PathLike | None = None,  # None: see `resolve_source`
     split: str = "train",
@@ -596,7 +596,7 @@ def load_images(
         return data
     return data.subset(stratified_index(data.labels, limit))
 
-# %% ../nbs/04_data.ipynb #68a90d61
+# %% ../nbs/04_data.ipynb #c3fe85f7
 def book_source() -> str:
     """The source a chapter uses: `resolve_source()`, or digits offline.
 
@@ -609,7 +609,7 @@ def book_source() -> str:
         why = "CIFAR-10 is not here and the Hugging Face Hub is out of reach"
     if source == "digits":
         print("This page runs on scikit-learn's digits, grey images of 8 "
-              f"by 8 pixels, because {why}.")
+              f"by 8 pixels,\nbecause {why}.")
     return source
 
 
