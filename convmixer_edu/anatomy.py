@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['count_parameters', 'count_macs', 'Layer', 'layers', 'receptive_field']
 
-# %% ../nbs/03_anatomy.ipynb #93e9ba85
+# %% ../nbs/03_anatomy.ipynb #c52e8ca8
 from dataclasses import dataclass
 from math import prod
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from .model import PatchEmbedding, check_sizes
 
-# %% ../nbs/03_anatomy.ipynb #c060c975
+# %% ../nbs/03_anatomy.ipynb #ceb17a0e
 def count_parameters(
     dim: int,  # embedding size, h
     depth: int,  # number of blocks, d
@@ -30,7 +30,7 @@ def count_parameters(
     n, c = num_classes, in_chans
     return h*(d*(k*k + h + 6) + c*p*p + n + 3) + n
 
-# %% ../nbs/03_anatomy.ipynb #64e25517
+# %% ../nbs/03_anatomy.ipynb #a5fbd663
 def count_macs(
     dim: int,  # embedding size, h
     depth: int,  # number of blocks, d
@@ -66,7 +66,7 @@ def count_macs(
         return dense + places*h*(2*(2*d + 1) + 1)
     return dense + places*d*h*k*k
 
-# %% ../nbs/03_anatomy.ipynb #f2f1ea15
+# %% ../nbs/03_anatomy.ipynb #3fd41ea0
 @dataclass(frozen=True)
 class Layer:
     """One layer of a model as it was seen at work."""
@@ -76,7 +76,7 @@ class Layer:
     parameters: int  # its trainable numbers
     macs: int  # its multiply-accumulates for one image
 
-# %% ../nbs/03_anatomy.ipynb #1c526a6c
+# %% ../nbs/03_anatomy.ipynb #541c850f
 def _kind(module: nn.Module) -> str:
     "The role of a layer, in the book's words."
     if isinstance(module, nn.Conv2d):
@@ -101,7 +101,7 @@ def _macs(module: nn.Module, out: torch.Tensor) -> int:
         return 0  # by convention only multiplications by weights count
     return out[0].numel()*weights  # values of one image
 
-# %% ../nbs/03_anatomy.ipynb #e64c6561
+# %% ../nbs/03_anatomy.ipynb #fdc57d04
 @torch.no_grad()
 def layers(
     model: nn.Module,  # any model of convolutions and linear layers
@@ -139,7 +139,7 @@ def layers(
             module.training = training
     return seen
 
-# %% ../nbs/03_anatomy.ipynb #5846c209
+# %% ../nbs/03_anatomy.ipynb #da10d2e7
 def receptive_field(
     depth: int,  # number of blocks, d
     kernel_size: int,  # side of the depthwise kernel, k, in places

@@ -4,7 +4,7 @@
 __all__ = ['IMAGENET', 'CIFAR10', 'PAPER_MODELS', 'default_cfgs', 'PatchEmbedding', 'unit', 'Residual', 'check_sizes',
            'ConvMixer']
 
-# %% ../nbs/02_model.ipynb #b562ed4f
+# %% ../nbs/02_model.ipynb #bf2fd479
 import warnings
 from numbers import Integral
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import (GELU, AdaptiveAvgPool2d, BatchNorm2d, Conv2d, Flatten,
                       Linear, Sequential)
 
-# %% ../nbs/02_model.ipynb #cae6fc7d
+# %% ../nbs/02_model.ipynb #87d06ce4
 class PatchEmbedding(Conv2d):
     """Cut an image into patches and map each to a vector (Sec. 2).
 
@@ -41,14 +41,14 @@ class PatchEmbedding(Conv2d):
                 "patch_size.")
         return super().forward(x)  # (B, h, H//p, W//p)
 
-# %% ../nbs/02_model.ipynb #3de16f2a
+# %% ../nbs/02_model.ipynb #688285cb
 def unit(
     conv: Conv2d,  # any convolution
 ) -> Sequential:  # the convolution, what follows it, nothing else
     """Convolution, activation, BatchNorm: the order of the paper (Sec. 2)."""
     return Sequential(conv, GELU(), BatchNorm2d(conv.out_channels))
 
-# %% ../nbs/02_model.ipynb #b0359f74
+# %% ../nbs/02_model.ipynb #ee3eb191
 class Residual(nn.Module):
     """Add what a layer finds to what it was given: x + fn(x) (Sec. 2)."""
 
@@ -62,7 +62,7 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + self.fn(x)
 
-# %% ../nbs/02_model.ipynb #a527252a
+# %% ../nbs/02_model.ipynb #13651d03
 def check_sizes(
     **sizes,  # name=value pairs, each meant to be a whole number >= 1
 ) -> None:
@@ -77,7 +77,7 @@ def check_sizes(
             raise ValueError(f"{name} must be a whole number of at least 1, "
                              f"got {value!r}: choose a positive {name}.")
 
-# %% ../nbs/02_model.ipynb #626df1e9
+# %% ../nbs/02_model.ipynb #724ea218
 def ConvMixer(
     dim: int,  # embedding size, h: channels in every block
     depth: int,  # number of blocks, d
@@ -99,7 +99,7 @@ def ConvMixer(
     head = AdaptiveAvgPool2d(1), Flatten(), Linear(dim, num_classes)
     return Sequential(*stem, *map(block, range(depth)), *head)
 
-# %% ../nbs/02_model.ipynb #3fa73f5a
+# %% ../nbs/02_model.ipynb #0f8a30f9
 IMAGENET = dict(num_classes=1000, input_size=(3, 224, 224), crop_pct=0.96,
                 mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
 CIFAR10 = dict(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0,
@@ -117,14 +117,14 @@ PAPER_MODELS = {  # (h, d): (k, p, data), in the order of the paper's tables
     (256, 24): (3, 1, CIFAR10),
 }
 
-# %% ../nbs/02_model.ipynb #30210a5f
+# %% ../nbs/02_model.ipynb #2f22da47
 default_cfgs = generate_default_cfgs({  # timm looks for this name
     f"convmixer_edu_{h}_{d}": dict(
         interpolation="bicubic", first_conv="0", classifier=f"{d + 5}",
         paper_ids="arXiv:2201.09792", **data)
     for (h, d), (_, _, data) in PAPER_MODELS.items()})
 
-# %% ../nbs/02_model.ipynb #4ac11829
+# %% ../nbs/02_model.ipynb #0afd1b33
 def _for_timm(drop_rate=0.0, global_pool="avg", **sizes) -> Sequential:
     "A ConvMixer that carries what timm's scripts ask a model for."
     if drop_rate:
@@ -139,7 +139,7 @@ def _for_timm(drop_rate=0.0, global_pool="avg", **sizes) -> Sequential:
     model.num_features = sizes["dim"]
     return model
 
-# %% ../nbs/02_model.ipynb #7575bed2
+# %% ../nbs/02_model.ipynb #f3fb2e9e
 def _register(dim: int, depth: int, kernel_size: int, patch_size: int):
     "Give one model of the paper's tables a name in timm's registry."
     name = f"convmixer_edu_{dim}_{depth}"
