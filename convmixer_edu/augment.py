@@ -5,7 +5,7 @@ __all__ = ['TABLES', 'BLENDS', 'MATRICES', 'OPS', 'POLICIES', 'random_flip', 'ra
            'draw_ops', 'rand_augment', 'color_jitter', 'normalize', 'random_erasing', 'mix', 'Augment',
            'paper_transform']
 
-# %% ../nbs/05_augment.ipynb #8356b0a9
+# %% ../nbs/05_augment.ipynb #001e63c9
 from dataclasses import dataclass
 from math import log
 
@@ -16,7 +16,7 @@ from timm.data.mixup import mixup_target
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-# %% ../nbs/05_augment.ipynb #9835ea3a
+# %% ../nbs/05_augment.ipynb #9f697a43
 def _check(images, generator):
     "Batches of pictures and a generator on the CPU, or a ValueError."
     if images.ndim != 4 or not images.numel():
@@ -51,7 +51,7 @@ def _from_bytes(pixels, dtype):
     "uint8 grey values in `dtype` again, as floats from 0 to 1."
     return pixels if dtype == torch.uint8 else (pixels / 255).to(dtype)
 
-# %% ../nbs/05_augment.ipynb #cba31a30
+# %% ../nbs/05_augment.ipynb #baaa16a4
 def random_flip(
     images: Tensor,  # (B, C, H, W), uint8 or float
     generator: Generator | None = None,  # on the CPU
@@ -62,7 +62,7 @@ def random_flip(
     return torch.where(_send(heads, images)[:, None, None, None],
                        images.flip(-1), images)
 
-# %% ../nbs/05_augment.ipynb #30d912aa
+# %% ../nbs/05_augment.ipynb #87c0189a
 def _first_fit(area, ratio, height, width, generator, count, strict):
     "Boxes (h, w) of random area and shape: the first of ten that fits."
     (low, high), (thin, wide) = area, ratio
@@ -81,7 +81,7 @@ def _place(size, most, generator):
     free = _uniform(generator, len(size)) * (most - size + 1)
     return free.floor()
 
-# %% ../nbs/05_augment.ipynb #0ed5c085
+# %% ../nbs/05_augment.ipynb #1c12febd
 def random_resized_crop(
     images: Tensor,  # (B, C, H, W), uint8 or float from 0 to 1
     scale: tuple[float, float] = (0.75, 1.0),  # part of the area kept
@@ -115,7 +115,7 @@ def random_resized_crop(
     return out.round_().to(images.dtype) if images.dtype == torch.uint8 \
         else out.to(images.dtype)
 
-
+# %% ../nbs/05_augment.ipynb #3b1d55cd
 def _line(start, size, length):
     "Where each output pixel of one axis looks, in grid_sample's -1 to 1."
     step = (torch.arange(length) + 0.5) / length
@@ -132,7 +132,7 @@ def _check_range(name, pair, most=float("inf")):
         raise ValueError(f"{name} is {pair}, expected 0 < low <= high <= "
                          f"{most:g}")
 
-# %% ../nbs/05_augment.ipynb #8b2f241f
+# %% ../nbs/05_augment.ipynb #fb6fd203
 def _values(images):
     "The 256 grey values on the images' device."
     return torch.arange(256, device=images.device)
@@ -164,7 +164,7 @@ def _smooth(images):
         out[..., 1:-1, 1:-1] = (box / 13 + 0.5).to(torch.uint8)
     return out
 
-# %% ../nbs/05_augment.ipynb #fbc793f5
+# %% ../nbs/05_augment.ipynb #e74f4f2d
 def _auto_contrast(images, _):
     low, high = images.flatten(2).int().aminmax(dim=2, keepdim=True)
     v = _values(images)
@@ -222,7 +222,7 @@ TABLES = {
     "Contrast": _contrast,
 }
 
-# %% ../nbs/05_augment.ipynb #c03a3c0a
+# %% ../nbs/05_augment.ipynb #28ea108b
 BLENDS = {"Color": _grey, "Sharpness": _smooth}
 MATRICES = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 OPS = ("Identity", *TABLES, *BLENDS, *MATRICES)
@@ -250,7 +250,7 @@ def _by_blend(groups, *_):
     plain = [BLENDS[name](part) for name, (part, *_) in groups.items()]
     return _blend(torch.cat(plain), images, args[:, None, None, None])
 
-# %% ../nbs/05_augment.ipynb #4f12399a
+# %% ../nbs/05_augment.ipynb #1912ce73
 def _matrix(ops, args, height, width, whole):
     "Where a pixel comes from: (x, y) = M (x, y, 1), as (B, 2, 3)."
     drew = {name: args * (ops == OPS.index(name)) for name in MATRICES}
@@ -285,7 +285,70 @@ def _by_matrix(groups, nearest, fill):
         out = out.add_(1e-3).to(torch.uint8)  # cut off, as Pillow does
     return out.where(inside[:, None], fill)
 
-# %% ../nbs/05_augment.ipynb #c80ddc5e
+# %% ../nbs/05_augment.ipynb #93cf3d94
+BLENDS = {"Color": _grey, "Sharpness": _smooth}
+MATRICES = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
+OPS = ("Identity", *TABLES, *BLENDS, *MATRICES)
+
+
+def _together(groups, k):
+    "The k-th tensor of all groups as one."
+    return torch.cat([group[k] for group in groups.values()])
+
+
+def _by_table(groups, *_):
+    "256 new values for each channel of each image, then one look-up."
+    images, tables = _together(groups, 0), []
+    for name, (part, args, _) in groups.items():
+        table = TABLES[name](part, args[:, None, None])  # (b, 1 or C, 256)
+        table = table.to(torch.uint8)
+        tables.append(table.expand(*part.shape[:2], 256))
+    index = images.flatten(2).long()  # (b, C, HW)
+    return torch.cat(tables).gather(2, index).view_as(images)
+
+
+def _by_blend(groups, *_):
+    "Move each pixel away from, or towards, a plainer version of its image."
+    images, args = _together(groups, 0), _together(groups, 1)
+    plain = [BLENDS[name](part) for name, (part, *_) in groups.items()]
+    return _blend(torch.cat(plain), images, args[:, None, None, None])
+
+# %% ../nbs/05_augment.ipynb #05d8a825
+def _matrix(ops, args, height, width, whole):
+    "Where a pixel comes from: (x, y) = M (x, y, 1), as (B, 2, 3)."
+    drew = {name: args * (ops == OPS.index(name)) for name in MATRICES}
+    turn = torch.deg2rad(drew["Rotate"])
+    cos, sin, x0, y0 = turn.cos(), turn.sin(), width / 2, height / 2
+    right, down = drew["TranslateX"] * width, drew["TranslateY"] * height
+    if whole:  # torchvision moves by whole pixels
+        right, down = right.trunc(), down.trunc()
+    return torch.stack([
+        cos, drew["ShearX"] - sin, x0 - cos * x0 + sin * y0 + right,
+        sin + drew["ShearY"], cos, y0 - sin * x0 - cos * y0 + down,
+    ], -1).view(-1, 2, 3)
+
+
+def _by_matrix(groups, nearest, fill):
+    "Turn, shear or move each image; `fill` comes in from outside."
+    images, matrix = _together(groups, 0), _together(groups, 2)
+    b, c, h, w = images.shape
+    y = torch.arange(h, device=images.device)[:, None] + 0.5
+    x = torch.arange(w, device=images.device) + 0.5
+    m = matrix.view(b, 6, 1, 1).unbind(1)
+    x, y = m[0] * x + m[1] * y + m[2], m[3] * x + m[4] * y + m[5]
+    inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)  # (b, H, W)
+    if nearest:
+        at = y.clamp_(0, h - 1).long() * w + x.clamp_(0, w - 1).long()
+        at = at.view(b, 1, h * w).expand(b, c, h * w)
+        out = images.flatten(2).gather(2, at).view_as(images)
+    else:
+        grid = torch.stack([x * (2 / w) - 1, y * (2 / h) - 1], -1)
+        out = F.grid_sample(images.float(), grid, padding_mode="border",
+                            align_corners=False)
+        out = out.add_(1e-3).to(torch.uint8)  # cut off, as Pillow does
+    return out.where(inside[:, None], fill)
+
+# %% ../nbs/05_augment.ipynb #775a4ada
 def _check_draws(images, ops, args):
     "uint8 images with one operation each, drawn on the CPU."
     _check(images, None)
@@ -330,7 +393,7 @@ def apply_ops(
     back = _send(order.argsort(), images)
     return torch.cat(done).index_select(0, back)
 
-# %% ../nbs/05_augment.ipynb #139afc56
+# %% ../nbs/05_augment.ipynb #c7d5d592
 @dataclass(frozen=True)
 class Policy:
     "Which operations may be drawn, how often and how strong."
@@ -363,7 +426,7 @@ POLICIES = {
         "TranslateY": (0.0, 150 / 331), **_AROUND_ONE, **_TURNS}),
 }
 
-# %% ../nbs/05_augment.ipynb #75fd9c74
+# %% ../nbs/05_augment.ipynb #6f58a3db
 def draw_ops(
     count: int,  # how many images
     m: float,  # magnitude, 0 to the policy's top
@@ -397,7 +460,7 @@ def _policy(name, m):
                          f"the scale of policy {name!r}")
     return POLICIES[name]
 
-# %% ../nbs/05_augment.ipynb #dc191b37
+# %% ../nbs/05_augment.ipynb #f7bb5111
 def rand_augment(
     images: Tensor,  # (B, C, H, W), uint8 or float from 0 to 1
     n: int = 2,  # operations an image, one after the other
@@ -426,7 +489,7 @@ def rand_augment(
         pixels = apply_ops(pixels, ops, args, chosen.nearest, fill)
     return _from_bytes(pixels, images.dtype)
 
-# %% ../nbs/05_augment.ipynb #05fef523
+# %% ../nbs/05_augment.ipynb #1396f99c
 def color_jitter(
     images: Tensor,  # (B, C, H, W), uint8 or float from 0 to 1
     strength: float = 0.2,  # factors are drawn from 1 -+ strength
@@ -454,7 +517,7 @@ def _check_part(name, value):
     if not 0 <= value <= 1:
         raise ValueError(f"{name} is {value}, expected a number from 0 to 1")
 
-# %% ../nbs/05_augment.ipynb #6bdc4b43
+# %% ../nbs/05_augment.ipynb #d5632c5f
 def normalize(
     images: Tensor,  # (B, C, H, W), uint8 or float from 0 to 1
     mean,  # C numbers, for images from 0 to 1
@@ -475,7 +538,7 @@ def normalize(
     pixels = images.to(torch.float32, copy=True)
     return torch.addcmul(shift, pixels, scale, out=pixels).to(dtype)
 
-# %% ../nbs/05_augment.ipynb #db85f40b
+# %% ../nbs/05_augment.ipynb #8ce1b5f3
 def random_erasing(
     images: Tensor,  # (B, C, H, W), normalised floats
     p: float = 0.25,  # chance that an image loses a box
@@ -512,7 +575,7 @@ def random_erasing(
     noise = _send(noise, images).to(images.dtype)
     return images.index_copy(0, at, torch.where(box, noise, images[at]))
 
-# %% ../nbs/05_augment.ipynb #8b3ecc24
+# %% ../nbs/05_augment.ipynb #2e087ee2
 def mix(
     images: Tensor,  # (B, C, H, W), normalised floats
     labels: Tensor,  # int64 (B,)
@@ -555,7 +618,7 @@ def mix(
         np.random.set_state(before)
     return mixed[:b], targets[:b]
 
-# %% ../nbs/05_augment.ipynb #ca0e41ed
+# %% ../nbs/05_augment.ipynb #daf76165
 @dataclass(frozen=True)
 class Augment:
     """The draws of one recipe: call it on uint8 images, then normalise.
@@ -606,7 +669,7 @@ class Augment:
             return images
         return random_erasing(images, self.erase, generator, self.erase_mode)
 
-# %% ../nbs/05_augment.ipynb #7cc35fe0
+# %% ../nbs/05_augment.ipynb #be42cf78
 def paper_transform(
     image_size: int = 32,  # side in pixels
     mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465),  # CIFAR-10's
