@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'PRESETS', 'Config', 'check_config', 'augmentation', 'with_settings', 'learning_rate', 'make_optimizer',
            'choose_precision', 'keep_freed_memory', 'epoch_order', 'steps_per_epoch', 'Statistics', 'statistics',
-           'random_window', 'make_batch', 'TrainingError', 'train_step', 'score', 'Run', 'build_model', 'train',
-           'choose_device', 'stop_signal', 'RunInfo', 'load_run', 'evaluate', 'predict']
+           'make_batch', 'TrainingError', 'train_step', 'score', 'Run', 'build_model', 'train', 'choose_device',
+           'stop_signal', 'RunInfo', 'load_run', 'evaluate', 'predict']
 
 # %% ../nbs/06_training.ipynb #ae727029
 import ctypes
@@ -38,7 +38,7 @@ from .depthwise import (fast_depthwise,
                                      weight_gradient_methods)
 from .model import ConvMixer, check_sizes
 
-# %% ../nbs/06_training.ipynb #a669fb87
+# %% ../nbs/06_training.ipynb #f0842bc0
 @dataclass(frozen=True)
 class Config:
     """Everything that decides a run (Sec. 3)
@@ -59,8 +59,6 @@ class Config:
     smoothing: float = 0.0  # part of the target spread over all classes
     crop_scale: float = 1.0  # smallest part of the area a crop keeps
     crop_square: bool = False  # crops keep the aspect
-    window: int | None = None  # side of a window cut out early on, pixels
-    window_epochs: int = 0  # so many first epochs see only the window
     flip: bool = True
     randaug_n: int = 0  # operations an image
     randaug_m: float = 0  # their magnitude
@@ -274,21 +272,7 @@ def statistics(
         std.append(math.sqrt(float((share * (values - m) ** 2).sum())))
     return Statistics(tuple(mean), tuple(max(s, 1e-3) for s in std))
 
-# %% ../nbs/06_training.ipynb #fc37b2b7
-def random_window(
-    images: Tensor,  # (B, C, H, W)
-    size: int,  # side of the window, pixels
-    generator: torch.Generator,  # on the CPU
-) -> Tensor:  # (B, C, size, size)
-    "Cut a window out of each image, each at a place of its own"
-    b, _, height, width = images.shape
-    at = torch.rand(2, b, generator=generator)
-    room = torch.tensor([[height - size + 1], [width - size + 1]])
-    top, left = (at * room).long().to(images.device)
-    windows = images.unfold(2, size, 1).unfold(3, size, 1)
-    return windows[torch.arange(b, device=images.device), :, top, left]
-
-# %% ../nbs/06_training.ipynb #8e6be986
+# %% ../nbs/06_training.ipynb #0f9e2f97
 def make_batch(
     images: Tensor,  # uint8 (B, C, H, W), on the device
     labels: Tensor,  # int64 (B,), on the device
@@ -301,17 +285,14 @@ def make_batch(
     "Augmented, normalised, mixed: what the model sees in this step"
     g = keyed_generator(c.seed, 2, epoch, step)
     augment = augmentation(c)
-    x = augment(images, g)
-    if c.window and epoch < c.window_epochs:
-        x = random_window(x, c.window, g)
-    x = normalize(x, stats.mean, stats.std)
+    x = normalize(augment(images, g), stats.mean, stats.std)
     x = augment.erasing(x, g)
     x, y = mix(x, labels, num_classes, c.mixup, c.cutmix, c.smoothing, g)
     if c.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     return x, y
 
-# %% ../nbs/06_training.ipynb #534029e1
+# %% ../nbs/06_training.ipynb #1b6bd943
 class TrainingError(RuntimeError):
     "A run that cannot go on, and why"
 
@@ -339,7 +320,7 @@ def train_step(
     scaler.update()
     return loss.detach()
 
-# %% ../nbs/06_training.ipynb #b8a8bfa0
+# %% ../nbs/06_training.ipynb #36643c0c
 @torch.inference_mode()
 def score(
     model: nn.Module,
@@ -379,7 +360,7 @@ def _logits(model, images, stats, dtype):
     with torch.autocast(device.type, dtype if half else None, half):
         return model(x).float()
 
-# %% ../nbs/06_training.ipynb #60ec1a39
+# %% ../nbs/06_training.ipynb #647035e8
 def _setup_record(c, source, data, stats):
     "What config.json holds: enough to build the model and to check a resume"
     _, channels, height, width = data.images.shape
@@ -394,7 +375,7 @@ def _write_json(path, record):
     "A JSON file that is whole or not there"
     write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
 
-# %% ../nbs/06_training.ipynb #3f88b080
+# %% ../nbs/06_training.ipynb #db247341
 def _machine(device, dtype):
     "On what a run ran, for its record"
     name = platform.processor() or platform.machine()
@@ -420,7 +401,7 @@ def _commit():
          "--abbrev=12"], capture_output=True, text=True, check=False)
     return asked.stdout.strip() or None
 
-# %% ../nbs/06_training.ipynb #2522dc22
+# %% ../nbs/06_training.ipynb #3b84734f
 def _peak_memory_mb(device):
     "The most memory held so far: of the GPU, or of this process"
     if device.type == "cuda":
@@ -428,7 +409,7 @@ def _peak_memory_mb(device):
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
-# %% ../nbs/06_training.ipynb #ef5bbdd5
+# %% ../nbs/06_training.ipynb #2fb0d862
 class Run:
     "A training run: what it holds, and where it is"
 
@@ -450,7 +431,7 @@ class Run:
         self.metrics = []  # one record an epoch
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
 
-# %% ../nbs/06_training.ipynb #14dcb62e
+# %% ../nbs/06_training.ipynb #1d90ef5b
 def build_model(
     c: Config,
     data: ImageSet,  # decides the classes and the channels
@@ -472,7 +453,7 @@ def build_model(
                 part.compile(dynamic=False)
     return model
 
-# %% ../nbs/06_training.ipynb #1996c3a4
+# %% ../nbs/06_training.ipynb #db6ab214
 def _save(run: Run):
     "A checkpoint of where the run is"
     tensors = collect(run.model, run.optimizer)
@@ -495,7 +476,7 @@ def _load(run: Run):
     if run.scaler.is_enabled():
         run.scaler.load_state_dict(meta["scaler"])
 
-# %% ../nbs/06_training.ipynb #fd21babf
+# %% ../nbs/06_training.ipynb #5596e16b
 def _loop(run: Run, report, stop):
     "Train from where the run is to its end"
     c, total = run.c, run.c.epochs * run.steps
@@ -522,7 +503,7 @@ def _loop(run: Run, report, stop):
             raise TrainingError(f"stopped by signal {stop[0]} after step "
                                 f"{run.done} of {total}: go on with --resume")
 
-# %% ../nbs/06_training.ipynb #7c7d2e2b
+# %% ../nbs/06_training.ipynb #cb8ee9f7
 def _one(run: Run, order, epoch, step, rate):
     "One step: pick the images, set the rate, update"
     c = run.c
@@ -546,7 +527,7 @@ def _check_finite(run, loss, epoch, step):
             f"{step + 1}: expected a finite number, lower lr (now "
             f"{run.c.lr:g}) or set clip to 1.0")
 
-# %% ../nbs/06_training.ipynb #b9cdda0b
+# %% ../nbs/06_training.ipynb #c529494e
 def _tell(run: Run, report, epoch, step, loss):
     "Look at the loss now and then, and tell whoever wants to know"
     every = 1 if run.device.type == "cpu" else 20
@@ -575,13 +556,13 @@ def _end_epoch(run: Run, report, epoch, rate):
     if report:
         report({"event": "epoch", "epochs": run.c.epochs, **line})
 
-# %% ../nbs/06_training.ipynb #b940ba34
+# %% ../nbs/06_training.ipynb #b10e3569
 def _write_metrics(run: Run):
     "metrics.jsonl, rewritten whole, so that a resumed run repeats no line"
     lines = "".join(json.dumps(line) + "\n" for line in run.metrics)
     write_atomically(run.out / "metrics.jsonl", lines.encode())
 
-# %% ../nbs/06_training.ipynb #06ef753a
+# %% ../nbs/06_training.ipynb #dc85a8ec
 def train(
     config: Config,
     source: str | os.PathLike | None = None,  # see `load_images`
@@ -611,7 +592,7 @@ def train(
         _loop(run, report, stop)
     return _finish(run, test, report)
 
-# %% ../nbs/06_training.ipynb #5a6bc075
+# %% ../nbs/06_training.ipynb #b2ec282b
 def choose_device(
     name: str | None = None,  # "cpu", "cuda", "cuda:1", "mps"; None: the best
 ) -> torch.device:
@@ -634,16 +615,11 @@ def _check_data(c, data, test):
                          f"{', '.join(data.classes)} and "
                          f"{', '.join(test.classes)}")
     height, width = data.images.shape[2:]
-    least = c.window if c.window and c.window_epochs else c.patch_size
-    if min(height, width) < max(least, c.patch_size):
-        raise ValueError(f"patch_size or window is {max(least, c.patch_size)}"
-                         f", larger than the images ({height} x {width}): "
-                         "make it smaller")
-    if least < c.patch_size:
-        raise ValueError(f"window is {least}, smaller than a patch of "
-                         f"{c.patch_size}: make it larger")
+    if min(height, width) < c.patch_size:
+        raise ValueError(f"patch_size is {c.patch_size}, larger than the "
+                         f"images ({height} x {width}): make it smaller")
 
-# %% ../nbs/06_training.ipynb #7b5b3d7a
+# %% ../nbs/06_training.ipynb #83106270
 def _open_run(c, source, out, data, held, resume, device):
     "A new folder, or the one that is there, checked and picked up"
     note = out / "config.json"
@@ -668,7 +644,7 @@ def _open_run(c, source, out, data, held, resume, device):
         _load(run)
     return run
 
-# %% ../nbs/06_training.ipynb #cb97b4dc
+# %% ../nbs/06_training.ipynb #48079ce8
 _FREE = {"checkpoint_seconds"}  # how often to save may change
 
 
@@ -685,7 +661,7 @@ def _check_same(new, old, out):
         raise ValueError(f"{out} was begun with other training images: give "
                          "the same --data or choose another folder")
 
-# %% ../nbs/06_training.ipynb #a83d4c5d
+# %% ../nbs/06_training.ipynb #e0be3950
 def _choose_depthwise(c, device):
     "How the depthwise weight gradient is computed, decided once a run"
     if c.depthwise != "auto":
@@ -702,7 +678,7 @@ def _can_compile():
     except Exception:  # each reason has its own class; all mean no
         return False
 
-# %% ../nbs/06_training.ipynb #c2b802c1
+# %% ../nbs/06_training.ipynb #e3078829
 class stop_signal:
     "A list that receives the number of a SIGTERM or SIGINT while it is open"
 
@@ -720,7 +696,7 @@ class stop_signal:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-# %% ../nbs/06_training.ipynb #ee1bfb28
+# %% ../nbs/06_training.ipynb #1d586792
 def _finish(run: Run, test, report):
     "Read the test set, once, and write down the result"
     seen = score(run.model, test, run.stats, dtype=run.dtype)
@@ -731,7 +707,8 @@ def _finish(run: Run, test, report):
     record = {
         "test_accuracy": round(seen["accuracy"], 3),
         "test_loss": round(seen["loss"], 5), "test_images": len(test),
-        "test_confusion": seen["confusion"], "classes": test.classes,
+        "test_confusion": seen["confusion"],
+        "classes": list(test.classes),
         "seconds": round(run.seconds, 2),
         "images_per_second": round(run.done * run.batch / run.seconds, 1),
         "peak_memory_mb": _peak_memory_mb(run.device),
@@ -746,7 +723,7 @@ def _finish(run: Run, test, report):
         report({"event": "done", **record})
     return record
 
-# %% ../nbs/06_training.ipynb #107f0bd9
+# %% ../nbs/06_training.ipynb #3e6afe33
 @dataclass(frozen=True)
 class RunInfo:
     "What belongs to a trained model besides its weights"
@@ -781,7 +758,7 @@ def load_run(
                          "writes") from None
     return _model_from(info, weights), info
 
-# %% ../nbs/06_training.ipynb #85e56e59
+# %% ../nbs/06_training.ipynb #ca90a77c
 def _model_from(info, weights):
     "The model of a run with its trained weights, ready to evaluate"
     c = info.config
@@ -796,7 +773,7 @@ def _model_from(info, weights):
             f"{str(error).splitlines()[1].strip()}") from None
     return model.eval().to(memory_format=torch.channels_last)
 
-# %% ../nbs/06_training.ipynb #50b49687
+# %% ../nbs/06_training.ipynb #8553d98a
 def evaluate(
     run: str | os.PathLike,  # a run's folder
     source: str | os.PathLike | None = None,  # see `load_images`
@@ -818,7 +795,7 @@ def evaluate(
     return score(model.to(device), data, info.stats,
                  dtype=choose_precision(device, info.config.precision))
 
-# %% ../nbs/06_training.ipynb #b4809e69
+# %% ../nbs/06_training.ipynb #a6dd106d
 @torch.inference_mode()
 def predict(
     run: str | os.PathLike,  # a run's folder

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PALETTE', 'INK', 'STYLE', 'axes', 'svg', 'show', 'image_grid']
 
-# %% ../nbs/C_weights.ipynb #cff19658
+# %% ../nbs/C_weights.ipynb #9885ddd0
 import io
 import math
 import re
@@ -11,7 +11,7 @@ import re
 import matplotlib
 import matplotlib.pyplot as plt
 
-# %% ../nbs/C_weights.ipynb #ba511489
+# %% ../nbs/C_weights.ipynb #c59a18f3
 # Okabe and Ito's eight colours, black left out: it is the ink's business.
 PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9",
            "#D55E00", "#F0E442"]
@@ -27,7 +27,7 @@ STYLE = {
     "lines.linewidth": 1.8, "image.interpolation": "nearest",
 }
 
-# %% ../nbs/C_weights.ipynb #5ff2f260
+# %% ../nbs/C_weights.ipynb #5dae43aa
 def axes(
     rows=1,  # rows of panels
     cols=1,  # columns of panels
@@ -35,12 +35,12 @@ def axes(
     height=2.6,  # height of the figure, inches
     **options,  # passed to `plt.subplots`, e.g. `sharey=True`
 ):
-    "An empty figure in the book's style: `(figure, axes)`"
-    with plt.rc_context(STYLE):
-        return plt.subplots(rows, cols, figsize=(width, height),
-                            layout="constrained", **options)
+    "An empty figure in the book's style, which stays set: `(figure, axes)`"
+    plt.rcParams.update(STYLE)
+    return plt.subplots(rows, cols, figsize=(width, height),
+                        layout="constrained", **options)
 
-# %% ../nbs/C_weights.ipynb #a9c5961f
+# %% ../nbs/C_weights.ipynb #a6e2e30f
 def svg(
     fig,  # a matplotlib figure
     alt,  # what the figure shows, one sentence or two
@@ -64,9 +64,9 @@ def svg(
     inches = fig.get_size_inches()[0]
     return text.replace("<svg", f'<svg role="img" aria-label="{label}" '
                         f'style="width:100%;max-width:{inches * 96:.0f}px;'
-                        'height:auto"', 1)
+                        'height:auto;fill:currentColor"', 1)
 
-# %% ../nbs/C_weights.ipynb #50814ff1
+# %% ../nbs/C_weights.ipynb #0f09618f
 def show(
     fig,  # a matplotlib figure; it is closed
     alt,  # alternative text: what the figure shows
@@ -77,7 +77,7 @@ def show(
     from IPython.display import HTML
     return HTML(f'<div class="figure">{svg(fig, alt)}</div>')
 
-# %% ../nbs/C_weights.ipynb #7e29c7c3
+# %% ../nbs/C_weights.ipynb #472f9f41
 def image_grid(
     images,  # (N, C, H, W), uint8 or float in [0, 1], C = 1 or 3
     titles=None,  # one title an image

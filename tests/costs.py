@@ -1,0 +1,40 @@
+"""Measure what each chapter costs, for the line at its top: writes results/chapters.json."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from convmixer_edu.train import _machine
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = "import sys; from execnb.shell import CaptureShell; CaptureShell().execute(sys.argv[1], exc_stop=True)"
+
+
+def measure(notebook):
+    """Run one chapter in a process of its own: (seconds, peak memory in MiB)."""
+    before = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-c", RUN, str(notebook)], cwd=notebook.parent)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{notebook.name} failed with status {status}: run it with nbdev_test and mend it")
+    return time.monotonic() - before, usage.ru_maxrss / 2**10
+
+
+def main():
+    machine = _machine(torch.device("cpu"), torch.float32)
+    costs = {}
+    for notebook in sorted((ROOT / "nbs").glob("*.ipynb")):
+        seconds, peak = measure(notebook)
+        costs[notebook.stem] = {"seconds": round(seconds, 1), "peak_memory_mb": round(peak),
+                                **{key: machine[key] for key in ("device", "threads", "torch")}}
+        print(f"{notebook.stem:20s} {seconds:6.1f} s {peak:7.0f} MiB", flush=True)
+    (ROOT / "results" / "chapters.json").write_text(json.dumps(costs, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
