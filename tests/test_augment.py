@@ -1,5 +1,6 @@
 """Augmentation: every operation against Pillow, timm and torchvision, and the draws themselves."""
 
+import inspect
 import math
 import random
 
@@ -32,6 +33,7 @@ from convmixer_edu.augment import (
     random_flip,
     random_resized_crop,
 )
+from convmixer_edu.data import CIFAR10_MEAN, CIFAR10_STD
 
 FILL = (125, 123, 114)  # grey values
 
@@ -414,6 +416,11 @@ def test_paper_transform(mode, channels):
     assert erasing.probability == 0.25 and erasing.per_pixel
     out = steps(Image.new(mode, (40, 36), 100 if channels == 1 else (9, 99, 199)))
     assert out.shape == (channels, 32, 32) and out.dtype == torch.float32
+
+
+def test_paper_transform_knows_cifar10():
+    defaults = inspect.signature(paper_transform).parameters
+    assert (defaults["mean"].default, defaults["std"].default) == (CIFAR10_MEAN, CIFAR10_STD)
 
 
 def test_the_whole_recipe_spreads_like_timms(tiles):
