@@ -5,7 +5,7 @@ __all__ = ['TABLES', 'BLENDS', 'MATRICES', 'OPS', 'POLICIES', 'random_flip', 'ra
            'draw_ops', 'rand_augment', 'color_jitter', 'normalize', 'random_erasing', 'mix', 'Augment',
            'paper_transform']
 
-# %% ../nbs/05_augment.ipynb #001e63c9
+# %% ../nbs/05_augment.ipynb #63a3f00c
 from dataclasses import dataclass
 from math import log
 
@@ -16,7 +16,7 @@ from timm.data.mixup import mixup_target
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-# %% ../nbs/05_augment.ipynb #9f697a43
+# %% ../nbs/05_augment.ipynb #3d030f6e
 def _check(images, generator):
     "Batches of pictures and a generator on the CPU, or a ValueError."
     if images.ndim != 4 or not images.numel():
@@ -51,7 +51,7 @@ def _from_bytes(pixels, dtype):
     "uint8 grey values in `dtype` again, as floats from 0 to 1."
     return pixels if dtype == torch.uint8 else (pixels / 255).to(dtype)
 
-# %% ../nbs/05_augment.ipynb #baaa16a4
+# %% ../nbs/05_augment.ipynb #c6c552e3
 def random_flip(
     images: Tensor,  # (B, C, H, W), uint8 or float
     generator: Generator | None = None,  # on the CPU
@@ -62,7 +62,7 @@ def random_flip(
     return torch.where(_send(heads, images)[:, None, None, None],
                        images.flip(-1), images)
 
-# %% ../nbs/05_augment.ipynb #87c0189a
+# %% ../nbs/05_augment.ipynb #0f7cc0be
 def _first_fit(area, ratio, height, width, generator, count, strict):
     "Boxes (h, w) of random area and shape: the first of ten that fits."
     (low, high), (thin, wide) = area, ratio
@@ -81,7 +81,7 @@ def _place(size, most, generator):
     free = _uniform(generator, len(size)) * (most - size + 1)
     return free.floor()
 
-# %% ../nbs/05_augment.ipynb #1c12febd
+# %% ../nbs/05_augment.ipynb #85e7407d
 def random_resized_crop(
     images: Tensor,  # (B, C, H, W), uint8 or float from 0 to 1
     scale: tuple[float, float] = (0.75, 1.0),  # part of the area kept
@@ -115,7 +115,7 @@ def random_resized_crop(
     return out.round_().to(images.dtype) if images.dtype == torch.uint8 \
         else out.to(images.dtype)
 
-# %% ../nbs/05_augment.ipynb #3b1d55cd
+# %% ../nbs/05_augment.ipynb #4abf74c2
 def _line(start, size, length):
     "Where each output pixel of one axis looks, in grid_sample's -1 to 1."
     step = (torch.arange(length) + 0.5) / length
@@ -132,7 +132,7 @@ def _check_range(name, pair, most=float("inf")):
         raise ValueError(f"{name} is {pair}, expected 0 < low <= high <= "
                          f"{most:g}")
 
-# %% ../nbs/05_augment.ipynb #fb6fd203
+# %% ../nbs/05_augment.ipynb #670614a9
 def _values(images):
     "The 256 grey values on the images' device."
     return torch.arange(256, device=images.device)
@@ -164,7 +164,7 @@ def _smooth(images):
         out[..., 1:-1, 1:-1] = (box / 13 + 0.5).to(torch.uint8)
     return out
 
-# %% ../nbs/05_augment.ipynb #e74f4f2d
+# %% ../nbs/05_augment.ipynb #63c68b2b
 def _auto_contrast(images, _):
     low, high = images.flatten(2).int().aminmax(dim=2, keepdim=True)
     v = _values(images)
@@ -222,7 +222,7 @@ TABLES = {
     "Contrast": _contrast,
 }
 
-# %% ../nbs/05_augment.ipynb #28ea108b
+# %% ../nbs/05_augment.ipynb #65d137fb
 BLENDS = {"Color": _grey, "Sharpness": _smooth}
 MATRICES = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 OPS = ("Identity", *TABLES, *BLENDS, *MATRICES)
@@ -250,7 +250,7 @@ def _by_blend(groups, *_):
     plain = [BLENDS[name](part) for name, (part, *_) in groups.items()]
     return _blend(torch.cat(plain), images, args[:, None, None, None])
 
-# %% ../nbs/05_augment.ipynb #1912ce73
+# %% ../nbs/05_augment.ipynb #83d5af66
 def _matrix(ops, args, height, width, whole):
     "Where a pixel comes from: (x, y) = M (x, y, 1), as (B, 2, 3)."
     drew = {name: args * (ops == OPS.index(name)) for name in MATRICES}
@@ -285,7 +285,7 @@ def _by_matrix(groups, nearest, fill):
         out = out.add_(1e-3).to(torch.uint8)  # cut off, as Pillow does
     return out.where(inside[:, None], fill)
 
-# %% ../nbs/05_augment.ipynb #93cf3d94
+# %% ../nbs/05_augment.ipynb #9957c2a5
 BLENDS = {"Color": _grey, "Sharpness": _smooth}
 MATRICES = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 OPS = ("Identity", *TABLES, *BLENDS, *MATRICES)
@@ -313,7 +313,7 @@ def _by_blend(groups, *_):
     plain = [BLENDS[name](part) for name, (part, *_) in groups.items()]
     return _blend(torch.cat(plain), images, args[:, None, None, None])
 
-# %% ../nbs/05_augment.ipynb #05d8a825
+# %% ../nbs/05_augment.ipynb #7045380b
 def _matrix(ops, args, height, width, whole):
     "Where a pixel comes from: (x, y) = M (x, y, 1), as (B, 2, 3)."
     drew = {name: args * (ops == OPS.index(name)) for name in MATRICES}
@@ -348,7 +348,7 @@ def _by_matrix(groups, nearest, fill):
         out = out.add_(1e-3).to(torch.uint8)  # cut off, as Pillow does
     return out.where(inside[:, None], fill)
 
-# %% ../nbs/05_augment.ipynb #775a4ada
+# %% ../nbs/05_augment.ipynb #d92ddffb
 def _check_draws(images, ops, args):
     "uint8 images with one operation each, drawn on the CPU."
     _check(images, None)
@@ -393,7 +393,7 @@ def apply_ops(
     back = _send(order.argsort(), images)
     return torch.cat(done).index_select(0, back)
 
-# %% ../nbs/05_augment.ipynb #c7d5d592
+# %% ../nbs/05_augment.ipynb #a82beaad
 @dataclass(frozen=True)
 class Policy:
     "Which operations may be drawn, how often and how strong."
@@ -426,7 +426,7 @@ POLICIES = {
         "TranslateY": (0.0, 150 / 331), **_AROUND_ONE, **_TURNS}),
 }
 
-# %% ../nbs/05_augment.ipynb #6f58a3db
+# %% ../nbs/05_augment.ipynb #59f4c573
 def draw_ops(
     count: int,  # how many images
     m: float,  # magnitude, 0 to the policy's top
@@ -460,7 +460,7 @@ def _policy(name, m):
                          f"the scale of policy {name!r}")
     return POLICIES[name]
 
-# %% ../nbs/05_augment.ipynb #f7bb5111
+# %% ../nbs/05_augment.ipynb #a0615445
 def rand_augment(
     images: Tensor,  # (B, C, H, W), uint8 or float from 0 to 1
     n: int = 2,  # operations an image, one after the other
@@ -489,7 +489,7 @@ def rand_augment(
         pixels = apply_ops(pixels, ops, args, chosen.nearest, fill)
     return _from_bytes(pixels, images.dtype)
 
-# %% ../nbs/05_augment.ipynb #1396f99c
+# %% ../nbs/05_augment.ipynb #7ac3b9cc
 def color_jitter(
     images: Tensor,  # (B, C, H, W), uint8 or float from 0 to 1
     strength: float = 0.2,  # factors are drawn from 1 -+ strength
@@ -517,7 +517,7 @@ def _check_part(name, value):
     if not 0 <= value <= 1:
         raise ValueError(f"{name} is {value}, expected a number from 0 to 1")
 
-# %% ../nbs/05_augment.ipynb #d5632c5f
+# %% ../nbs/05_augment.ipynb #a89fcf7b
 def normalize(
     images: Tensor,  # (B, C, H, W), uint8 or float from 0 to 1
     mean,  # C numbers, for images from 0 to 1
@@ -538,7 +538,7 @@ def normalize(
     pixels = images.to(torch.float32, copy=True)
     return torch.addcmul(shift, pixels, scale, out=pixels).to(dtype)
 
-# %% ../nbs/05_augment.ipynb #8ce1b5f3
+# %% ../nbs/05_augment.ipynb #85288e04
 def random_erasing(
     images: Tensor,  # (B, C, H, W), normalised floats
     p: float = 0.25,  # chance that an image loses a box
@@ -575,7 +575,7 @@ def random_erasing(
     noise = _send(noise, images).to(images.dtype)
     return images.index_copy(0, at, torch.where(box, noise, images[at]))
 
-# %% ../nbs/05_augment.ipynb #2e087ee2
+# %% ../nbs/05_augment.ipynb #05532ef5
 def mix(
     images: Tensor,  # (B, C, H, W), normalised floats
     labels: Tensor,  # int64 (B,)
@@ -618,7 +618,7 @@ def mix(
         np.random.set_state(before)
     return mixed[:b], targets[:b]
 
-# %% ../nbs/05_augment.ipynb #daf76165
+# %% ../nbs/05_augment.ipynb #42684019
 @dataclass(frozen=True)
 class Augment:
     """The draws of one recipe: call it on uint8 images, then normalise.
@@ -669,7 +669,7 @@ class Augment:
             return images
         return random_erasing(images, self.erase, generator, self.erase_mode)
 
-# %% ../nbs/05_augment.ipynb #be42cf78
+# %% ../nbs/05_augment.ipynb #f8f0ea74
 def paper_transform(
     image_size: int = 32,  # side in pixels
     mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465),  # CIFAR-10's

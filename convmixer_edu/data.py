@@ -4,7 +4,7 @@
 __all__ = ['DEFAULT_SOURCE', 'CIFAR10_MEAN', 'CIFAR10_STD', 'ImageSet', 'stratified_index', 'split_holdout', 'read_image',
            'resolve_source', 'load_images', 'book_source']
 
-# %% ../nbs/04_data.ipynb #a43f73eb
+# %% ../nbs/04_data.ipynb #48d2db4f
 import hashlib
 import json
 import os
@@ -30,7 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-# %% ../nbs/04_data.ipynb #76711bfa
+# %% ../nbs/04_data.ipynb #9f5fc351
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """Images, their labels and the names of the classes, all in memory.
@@ -67,7 +67,7 @@ class ImageSet:
         images, labels = self.images[index], self.labels[index]
         return ImageSet(images, labels, self.classes)
 
-# %% ../nbs/04_data.ipynb #6b6da4cb
+# %% ../nbs/04_data.ipynb #dffdf6b5
 def _check_images(images):
     "Images are uint8 (N, C, H, W), or a ValueError says what they are."
     shape, dtype = tuple(images.shape), images.dtype
@@ -88,12 +88,12 @@ def _check_labels(labels, count, num_classes):
                          f"{num_classes - 1} for {num_classes} classes; "
                          "-1 marks a split that was published unlabelled")
 
-# %% ../nbs/04_data.ipynb #7762e652
+# %% ../nbs/04_data.ipynb #e5e8aaca
 DEFAULT_SOURCE = "uoft-cs/cifar10"
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # of the training split, as published
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
-# %% ../nbs/04_data.ipynb #4a4aec19
+# %% ../nbs/04_data.ipynb #8a8af8cd
 def stratified_index(
     labels: Tensor,  # int64 (N,)
     count: int,  # how many to choose, 1 to N
@@ -129,7 +129,7 @@ def _check_count(name, value, most=None):
         raise ValueError(f"{name} is {value!r}, expected a whole number "
                          f"from 1{top}")
 
-# %% ../nbs/04_data.ipynb #bf9b79e5
+# %% ../nbs/04_data.ipynb #4c3ad011
 def split_holdout(
     data: ImageSet,
     count: int = 5000,  # images to hold out
@@ -146,7 +146,7 @@ def split_holdout(
     keep[held] = False
     return data.subset(keep.nonzero()[:, 0]), data.subset(held)
 
-# %% ../nbs/04_data.ipynb #fb983952
+# %% ../nbs/04_data.ipynb #961ffd7e
 _HAS_ALPHA = {"RGBA", "RGBa", "LA", "La", "PA"}
 
 
@@ -163,7 +163,7 @@ def _to_rgb(image):
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
 
-# %% ../nbs/04_data.ipynb #33e8974d
+# %% ../nbs/04_data.ipynb #0fde6208
 def read_image(
     file,  # a path, or a binary file object
     size: int | None = None,  # side in pixels; None keeps the image's own
@@ -203,7 +203,7 @@ def _to_tensor(image, size, channels):
     pixels = torch.from_numpy(np.array(image))
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
 
-# %% ../nbs/04_data.ipynb #1190c47a
+# %% ../nbs/04_data.ipynb #ee30d155
 def resolve_source(
     source: str | os.PathLike | None = None,  # None asks the environment
 ) -> str:
@@ -228,7 +228,7 @@ def _kind(source):
         f"there is no folder {source}; expected a folder, a Hub dataset "
         "written owner/name, or digits")
 
-# %% ../nbs/04_data.ipynb #20273f76
+# %% ../nbs/04_data.ipynb #1dbce604
 def _digits(split, size):
     "scikit-learn's digits: grey, 8 by 8, a seeded stratified fifth as test."
     from sklearn.datasets import load_digits  # slow to import
@@ -253,7 +253,7 @@ def _pick_split(splits, split, source):
                          f"of: {there}")
     return splits[split]
 
-# %% ../nbs/04_data.ipynb #b3c2fbb4
+# %% ../nbs/04_data.ipynb #398dbea7
 _CLUTTER = {"thumbs.db", "desktop.ini"}
 
 
@@ -281,7 +281,7 @@ def _class_files(folder):
                              "at least one image: fill or remove it")
     return files
 
-# %% ../nbs/04_data.ipynb #e0c73755
+# %% ../nbs/04_data.ipynb #3a6a492f
 def _parts(folder):
     "The folders train and test, or a ValueError that says what is missing."
     parts = {p.name: p for p in _visible(folder) if p.is_dir()}
@@ -312,7 +312,7 @@ def _open_class_folders(folder, split):
 
     yield labels, tuple(files), rows
 
-# %% ../nbs/04_data.ipynb #345e97c8
+# %% ../nbs/04_data.ipynb #04054af1
 def _parquet_files(folder):
     "Parquet files by split, which is the first word of their name."
     splits = {}
@@ -345,7 +345,7 @@ def _open_parquet(folder, split, files):
                 datasets.enable_progress_bars()
         yield _table_rows(table, str(folder))
 
-# %% ../nbs/04_data.ipynb #efdb06b6
+# %% ../nbs/04_data.ipynb #e670cfce
 def _table_rows(table, source):
     "Labels, classes and rows of a `datasets` table, found by column type."
     import datasets
@@ -380,7 +380,7 @@ def _cell_file(cell):
         return BytesIO(cell["bytes"])
     return cell["path"] if cell else BytesIO()
 
-# %% ../nbs/04_data.ipynb #c3f05f07
+# %% ../nbs/04_data.ipynb #bd47ba8e
 @cache
 def _hub_reachable(seconds=3.0):
     "Whether the Hub answers in time; asked once a process."
@@ -414,7 +414,7 @@ def _hub_cached(source):
     folder = Path(datasets.config.HF_DATASETS_CACHE)
     return (folder / source.replace("/", "___")).is_dir()
 
-# %% ../nbs/04_data.ipynb #e344ff51
+# %% ../nbs/04_data.ipynb #d0192ff2
 @contextmanager
 def _open_hub(source, split):
     "Rows of a dataset on the Hugging Face Hub."
@@ -436,7 +436,7 @@ def _open_hub(source, split):
                          f"Hub: {_brief(error)}") from None
     yield _table_rows(table, source)
 
-# %% ../nbs/04_data.ipynb #85c31e6c
+# %% ../nbs/04_data.ipynb #e22d9d4e
 def _open(source, split):
     "A context with (labels, classes, rows); rows(index) yields (name, file)."
     if _kind(source) == "hub":
@@ -447,7 +447,7 @@ def _open(source, split):
         return _open_parquet(folder, split, files)
     return _open_class_folders(folder, split)
 
-# %% ../nbs/04_data.ipynb #fad3a0be
+# %% ../nbs/04_data.ipynb #b02ea67a
 _BAR_FROM = 5000  # fewer images are decoded before a bar could be read
 
 
@@ -469,7 +469,7 @@ def _decode(rows, size):
         images[slot] = picture
     return images
 
-# %% ../nbs/04_data.ipynb #245ad028
+# %% ../nbs/04_data.ipynb #10caaede
 def _read_source(source, split, size, limit):
     "Decode a split, or a stratified `limit` of it."
     with _open(source, split) as (labels, classes, rows):
@@ -486,7 +486,7 @@ def _read_source(source, split, size, limit):
         images = _decode((len(index), rows(index)), size)
         return ImageSet(images, labels[index], classes)
 
-# %% ../nbs/04_data.ipynb #c229336c
+# %% ../nbs/04_data.ipynb #0540d17e
 _DECODER = "1"  # raised whenever the same file would decode differently
 
 
@@ -522,7 +522,7 @@ def _cache_file(source, split, size):
     name = f"{slug}-{split}-{key[:12]}.safetensors"
     return Path(root).expanduser() / name
 
-# %% ../nbs/04_data.ipynb #ce568bd4
+# %% ../nbs/04_data.ipynb #e0781d52
 def _write_cache(file, data, state):
     "Keep a decoded split: written aside, flushed, then put in place."
     aside = file.with_name(f".{file.name}.{os.getpid()}")
@@ -542,7 +542,7 @@ def _write_cache(file, data, state):
                       f"{file.parent} and will be decoded again next time: "
                       f"{error}", stacklevel=3)
 
-# %% ../nbs/04_data.ipynb #9a7c8ce3
+# %% ../nbs/04_data.ipynb #5ffa3358
 def _read_cache(file, state):
     "The kept split; None if there is none, it is stale, or it is damaged."
     if not file.exists():
@@ -563,7 +563,7 @@ def _read_cache(file, state):
                       "images are decoded again", stacklevel=3)
         return None
 
-# %% ../nbs/04_data.ipynb #00a444e4
+# %% ../nbs/04_data.ipynb #8b128b72
 def load_images(
     source: str | os.PathLike | None = None,  # None: see `resolve_source`
     split: str = "train",
@@ -596,7 +596,7 @@ def load_images(
         return data
     return data.subset(stratified_index(data.labels, limit))
 
-# %% ../nbs/04_data.ipynb #c3fe85f7
+# %% ../nbs/04_data.ipynb #ca7a4d7e
 def book_source() -> str:
     """The source a chapter uses: `resolve_source()`, or digits offline.
 

@@ -159,10 +159,10 @@ def _parse(name, value, kind):
         raise ValueError(f"{name} is {value!r}, expected a value of type "
                          f"{wanted}") from None
 
-# %% ../nbs/06_training.ipynb #53a9dc56
+# %% ../nbs/06_training.ipynb #5135f6e9
 PRESETS = {
     "quick": Config(dim=128, depth=4, patch_size=4, epochs=6, batch_size=64,
-                    lr=0.02, weight_decay=0.01, crop_scale=0.75),
+                    lr=0.02, weight_decay=0.01),
     "digits": Config(dim=64, depth=4, kernel_size=3, patch_size=1, epochs=12,
                      batch_size=64, lr=0.02, weight_decay=0.01, flip=False,
                      crop_scale=0.75, depthwise="library"),
