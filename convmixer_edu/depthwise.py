@@ -4,10 +4,15 @@
 __all__ = ['by_shifts', 'by_groups', 'weight_gradient_methods', 'weight_gradient', 'depthwise_conv', 'DepthwiseConv2d',
            'fast_depthwise']
 
-# %% ../nbs/P1_gradient.ipynb #becf6681
+# %% ../nbs/P1_gradient.ipynb #bab47789
+import logging
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# With a CUDA toolkit but no GPU, the compiler complains; we ask for no GPU.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 # %% ../nbs/P1_gradient.ipynb #9e5b3a04
 def by_shifts(

@@ -6,7 +6,7 @@ __all__ = ['PRECISIONS', 'PRESETS', 'Config', 'check_config', 'augmentation', 'w
            'make_batch', 'TrainingError', 'train_step', 'score', 'Run', 'build_model', 'train', 'choose_device',
            'stop_signal', 'RunInfo', 'load_run', 'evaluate', 'predict']
 
-# %% ../nbs/06_training.ipynb #ae727029
+# %% ../nbs/06_training.ipynb #3d6adc54
 import ctypes
 import dataclasses
 import json
@@ -37,6 +37,9 @@ from .data import (ImageSet, load_images, read_image,
 from .depthwise import (fast_depthwise,
                                      weight_gradient_methods)
 from .model import ConvMixer, check_sizes
+
+# Before anything else computes: see "Numbers too small to matter".
+torch.set_flush_denormal(True)
 
 # %% ../nbs/06_training.ipynb #f0842bc0
 @dataclass(frozen=True)
@@ -159,10 +162,10 @@ def _parse(name, value, kind):
         raise ValueError(f"{name} is {value!r}, expected a value of type "
                          f"{wanted}") from None
 
-# %% ../nbs/06_training.ipynb #5135f6e9
+# %% ../nbs/06_training.ipynb #d53bdd2f
 PRESETS = {
     "quick": Config(dim=128, depth=4, patch_size=4, epochs=6, batch_size=64,
-                    lr=0.02, weight_decay=0.01),
+                    lr=0.02, weight_decay=0.01, holdout=5000),
     "digits": Config(dim=64, depth=4, kernel_size=3, patch_size=1, epochs=12,
                      batch_size=64, lr=0.02, weight_decay=0.01, flip=False,
                      crop_scale=0.75, depthwise="library"),
@@ -219,7 +222,7 @@ def choose_precision(
             return torch.bfloat16
     return torch.float32
 
-# %% ../nbs/06_training.ipynb #d4aafb8e
+# %% ../nbs/06_training.ipynb #c0e4b772
 def keep_freed_memory() -> bool:
     """Let the C library keep large freed blocks for the next step
 
@@ -232,7 +235,7 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
 
-# %% ../nbs/06_training.ipynb #155a3f3a
+# %% ../nbs/06_training.ipynb #3ca3472c
 def epoch_order(
     n: int,  # images in the training set
     seed: int,
@@ -249,7 +252,7 @@ def steps_per_epoch(
     "Full batches in an epoch; one smaller batch if the set is that small"
     return max(1, n // batch_size)
 
-# %% ../nbs/06_training.ipynb #25a53f16
+# %% ../nbs/06_training.ipynb #d0a244ab
 @dataclass(frozen=True)
 class Statistics:
     "Mean and standard deviation of each channel, for values from 0 to 1"
@@ -272,7 +275,7 @@ def statistics(
         std.append(math.sqrt(float((share * (values - m) ** 2).sum())))
     return Statistics(tuple(mean), tuple(max(s, 1e-3) for s in std))
 
-# %% ../nbs/06_training.ipynb #0f9e2f97
+# %% ../nbs/06_training.ipynb #7fe8bc5e
 def make_batch(
     images: Tensor,  # uint8 (B, C, H, W), on the device
     labels: Tensor,  # int64 (B,), on the device
@@ -292,7 +295,7 @@ def make_batch(
         x = x.contiguous(memory_format=torch.channels_last)
     return x, y
 
-# %% ../nbs/06_training.ipynb #1b6bd943
+# %% ../nbs/06_training.ipynb #534029e1
 class TrainingError(RuntimeError):
     "A run that cannot go on, and why"
 
@@ -320,7 +323,7 @@ def train_step(
     scaler.update()
     return loss.detach()
 
-# %% ../nbs/06_training.ipynb #36643c0c
+# %% ../nbs/06_training.ipynb #b8a8bfa0
 @torch.inference_mode()
 def score(
     model: nn.Module,
@@ -360,7 +363,7 @@ def _logits(model, images, stats, dtype):
     with torch.autocast(device.type, dtype if half else None, half):
         return model(x).float()
 
-# %% ../nbs/06_training.ipynb #647035e8
+# %% ../nbs/06_training.ipynb #60ec1a39
 def _setup_record(c, source, data, stats):
     "What config.json holds: enough to build the model and to check a resume"
     _, channels, height, width = data.images.shape
@@ -375,7 +378,7 @@ def _write_json(path, record):
     "A JSON file that is whole or not there"
     write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
 
-# %% ../nbs/06_training.ipynb #db247341
+# %% ../nbs/06_training.ipynb #3f88b080
 def _machine(device, dtype):
     "On what a run ran, for its record"
     name = platform.processor() or platform.machine()
@@ -401,7 +404,7 @@ def _commit():
          "--abbrev=12"], capture_output=True, text=True, check=False)
     return asked.stdout.strip() or None
 
-# %% ../nbs/06_training.ipynb #3b84734f
+# %% ../nbs/06_training.ipynb #2522dc22
 def _peak_memory_mb(device):
     "The most memory held so far: of the GPU, or of this process"
     if device.type == "cuda":
@@ -409,7 +412,7 @@ def _peak_memory_mb(device):
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
-# %% ../nbs/06_training.ipynb #2fb0d862
+# %% ../nbs/06_training.ipynb #ef5bbdd5
 class Run:
     "A training run: what it holds, and where it is"
 
@@ -431,7 +434,7 @@ class Run:
         self.metrics = []  # one record an epoch
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
 
-# %% ../nbs/06_training.ipynb #1d90ef5b
+# %% ../nbs/06_training.ipynb #14dcb62e
 def build_model(
     c: Config,
     data: ImageSet,  # decides the classes and the channels
@@ -453,7 +456,7 @@ def build_model(
                 part.compile(dynamic=False)
     return model
 
-# %% ../nbs/06_training.ipynb #db6ab214
+# %% ../nbs/06_training.ipynb #1996c3a4
 def _save(run: Run):
     "A checkpoint of where the run is"
     tensors = collect(run.model, run.optimizer)
@@ -476,7 +479,7 @@ def _load(run: Run):
     if run.scaler.is_enabled():
         run.scaler.load_state_dict(meta["scaler"])
 
-# %% ../nbs/06_training.ipynb #5596e16b
+# %% ../nbs/06_training.ipynb #fd21babf
 def _loop(run: Run, report, stop):
     "Train from where the run is to its end"
     c, total = run.c, run.c.epochs * run.steps
@@ -503,7 +506,7 @@ def _loop(run: Run, report, stop):
             raise TrainingError(f"stopped by signal {stop[0]} after step "
                                 f"{run.done} of {total}: go on with --resume")
 
-# %% ../nbs/06_training.ipynb #cb8ee9f7
+# %% ../nbs/06_training.ipynb #7c7d2e2b
 def _one(run: Run, order, epoch, step, rate):
     "One step: pick the images, set the rate, update"
     c = run.c
@@ -527,7 +530,7 @@ def _check_finite(run, loss, epoch, step):
             f"{step + 1}: expected a finite number, lower lr (now "
             f"{run.c.lr:g}) or set clip to 1.0")
 
-# %% ../nbs/06_training.ipynb #c529494e
+# %% ../nbs/06_training.ipynb #b9cdda0b
 def _tell(run: Run, report, epoch, step, loss):
     "Look at the loss now and then, and tell whoever wants to know"
     every = 1 if run.device.type == "cpu" else 20
@@ -556,13 +559,13 @@ def _end_epoch(run: Run, report, epoch, rate):
     if report:
         report({"event": "epoch", "epochs": run.c.epochs, **line})
 
-# %% ../nbs/06_training.ipynb #b10e3569
+# %% ../nbs/06_training.ipynb #b940ba34
 def _write_metrics(run: Run):
     "metrics.jsonl, rewritten whole, so that a resumed run repeats no line"
     lines = "".join(json.dumps(line) + "\n" for line in run.metrics)
     write_atomically(run.out / "metrics.jsonl", lines.encode())
 
-# %% ../nbs/06_training.ipynb #dc85a8ec
+# %% ../nbs/06_training.ipynb #06ef753a
 def train(
     config: Config,
     source: str | os.PathLike | None = None,  # see `load_images`
@@ -592,7 +595,7 @@ def train(
         _loop(run, report, stop)
     return _finish(run, test, report)
 
-# %% ../nbs/06_training.ipynb #b2ec282b
+# %% ../nbs/06_training.ipynb #5580eb20
 def choose_device(
     name: str | None = None,  # "cpu", "cuda", "cuda:1", "mps"; None: the best
 ) -> torch.device:
@@ -619,7 +622,7 @@ def _check_data(c, data, test):
         raise ValueError(f"patch_size is {c.patch_size}, larger than the "
                          f"images ({height} x {width}): make it smaller")
 
-# %% ../nbs/06_training.ipynb #83106270
+# %% ../nbs/06_training.ipynb #7b5b3d7a
 def _open_run(c, source, out, data, held, resume, device):
     "A new folder, or the one that is there, checked and picked up"
     note = out / "config.json"
@@ -644,7 +647,7 @@ def _open_run(c, source, out, data, held, resume, device):
         _load(run)
     return run
 
-# %% ../nbs/06_training.ipynb #48079ce8
+# %% ../nbs/06_training.ipynb #cb97b4dc
 _FREE = {"checkpoint_seconds"}  # how often to save may change
 
 
@@ -661,7 +664,7 @@ def _check_same(new, old, out):
         raise ValueError(f"{out} was begun with other training images: give "
                          "the same --data or choose another folder")
 
-# %% ../nbs/06_training.ipynb #e0be3950
+# %% ../nbs/06_training.ipynb #a83d4c5d
 def _choose_depthwise(c, device):
     "How the depthwise weight gradient is computed, decided once a run"
     if c.depthwise != "auto":
@@ -678,7 +681,7 @@ def _can_compile():
     except Exception:  # each reason has its own class; all mean no
         return False
 
-# %% ../nbs/06_training.ipynb #e3078829
+# %% ../nbs/06_training.ipynb #c2b802c1
 class stop_signal:
     "A list that receives the number of a SIGTERM or SIGINT while it is open"
 
@@ -696,7 +699,7 @@ class stop_signal:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-# %% ../nbs/06_training.ipynb #1d586792
+# %% ../nbs/06_training.ipynb #5f0d77b8
 def _finish(run: Run, test, report):
     "Read the test set, once, and write down the result"
     seen = score(run.model, test, run.stats, dtype=run.dtype)
@@ -723,7 +726,7 @@ def _finish(run: Run, test, report):
         report({"event": "done", **record})
     return record
 
-# %% ../nbs/06_training.ipynb #3e6afe33
+# %% ../nbs/06_training.ipynb #107f0bd9
 @dataclass(frozen=True)
 class RunInfo:
     "What belongs to a trained model besides its weights"
@@ -758,7 +761,7 @@ def load_run(
                          "writes") from None
     return _model_from(info, weights), info
 
-# %% ../nbs/06_training.ipynb #ca90a77c
+# %% ../nbs/06_training.ipynb #85e56e59
 def _model_from(info, weights):
     "The model of a run with its trained weights, ready to evaluate"
     c = info.config
@@ -773,7 +776,7 @@ def _model_from(info, weights):
             f"{str(error).splitlines()[1].strip()}") from None
     return model.eval().to(memory_format=torch.channels_last)
 
-# %% ../nbs/06_training.ipynb #8553d98a
+# %% ../nbs/06_training.ipynb #50b49687
 def evaluate(
     run: str | os.PathLike,  # a run's folder
     source: str | os.PathLike | None = None,  # see `load_images`
@@ -795,7 +798,7 @@ def evaluate(
     return score(model.to(device), data, info.stats,
                  dtype=choose_precision(device, info.config.precision))
 
-# %% ../nbs/06_training.ipynb #a6dd106d
+# %% ../nbs/06_training.ipynb #b4809e69
 @torch.inference_mode()
 def predict(
     run: str | os.PathLike,  # a run's folder
