@@ -41,7 +41,7 @@ from .model import ConvMixer, check_sizes
 # Before anything else computes: see "Numbers too small to matter".
 torch.set_flush_denormal(True)
 
-# %% ../nbs/06_training.ipynb #f0842bc0
+# %% ../nbs/06_training.ipynb #e76265a7
 @dataclass(frozen=True)
 class Config:
     """Everything that decides a run (Sec. 3)
@@ -73,7 +73,7 @@ class Config:
     mixup: float = 0.0  # alpha; 0 is off
     cutmix: float = 0.0  # alpha; 0 is off
     seed: int = 0
-    holdout: int = 0  # training images kept aside to choose by
+    holdout: int = 0  # training images kept aside, at most a tenth
     limit: int | None = None  # at most so many training images
     precision: str = "auto"  # float32, bfloat16, float16
     channels_last: bool = True  # the layout of images in memory
@@ -565,7 +565,7 @@ def _write_metrics(run: Run):
     lines = "".join(json.dumps(line) + "\n" for line in run.metrics)
     write_atomically(run.out / "metrics.jsonl", lines.encode())
 
-# %% ../nbs/06_training.ipynb #06ef753a
+# %% ../nbs/06_training.ipynb #c4dbf0f5
 def train(
     config: Config,
     source: str | os.PathLike | None = None,  # see `load_images`
@@ -586,8 +586,9 @@ def train(
     test = load_images(source, "test", None, config.image_size)
     _check_data(config, data, test)
     held = None
-    if config.holdout:
-        data, held = split_holdout(data, config.holdout)
+    aside = min(config.holdout, len(data) // 10)
+    if aside:
+        data, held = split_holdout(data, aside)
     run = _open_run(config, source, out, data, held, resume, device)
     if (out / "run.json").exists():
         return json.loads((out / "run.json").read_text())

@@ -1,0 +1,555 @@
+"""The command line: every command, every wrong use in one line, a run killed and resumed, plain text where nobody watches."""
+
+import contextlib
+import errno
+import io
+import json
+import os
+import pty
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import offline
+from PIL import Image
+
+from convmixer_edu import __version__, anatomy, checkpoint, cli
+from convmixer_edu.checkpoint import read_checkpoint
+from convmixer_edu.train import PRESETS, Config
+
+PROGRAM = Path(sys.executable).with_name("convmixer")
+TINY = ("--preset digits --device cpu --epochs 2 --set dim=8 --set depth=1 --set limit=200 --set patch_size=2 "
+        "--set checkpoint_seconds=0")
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path, monkeypatch):
+    """A folder and a cache of its own, digits as the data, and a Hub that nobody asks."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CONVMIXER_DATA", "digits")
+    monkeypatch.setenv("CONVMIXER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("CONVMIXER_DEBUG", raising=False)
+
+
+def call(line):
+    """The command in this process: (exit code, stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
+        cli.main(shlex.split(line))
+    assert "\x1b" not in out.getvalue() + err.getvalue()
+    return end.value.code, out.getvalue(), err.getvalue()
+
+
+def works(line):
+    """What a command that must succeed says on stdout."""
+    code, out, err = call(line)
+    assert code == 0 and not err, err
+    return out
+
+
+def fails(line, *words, code=2):
+    """A command that must fail, with one line that holds these words."""
+    ended, out, err = call(line)
+    assert ended == code and not out, (ended, out, err)
+    assert err.endswith("\n") and len(err.splitlines()) == 1 and "Traceback" not in err, err
+    assert err.startswith("convmixer: ") and all(word in err for word in words), err
+    return err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run on digits."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    folder.parent.joinpath("said").write_text(works(f"train --out {folder} {TINY}"))
+    return folder
+
+
+def picture(path, mode="RGB", size=(20, 12)):
+    """A picture of any mode and size."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grey = Image.fromarray(np.random.default_rng(0).integers(0, 256, size[::-1], dtype=np.uint8))
+    image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257) if mode == "I;16" else grey.convert(mode)
+    image.save(path)
+    return path
+
+
+def class_folders(root, train=("cat", "dog"), test=("cat", "dog"), size=(8, 8)):
+    """A small folder of class folders."""
+    for split, names in (("train", train), ("test", test)):
+        for name in names:
+            for i in range(3):
+                picture(root / split / name / f"{i}.png", size=size)
+    return root
+
+
+# ---------------------------------------------------------------- help
+
+
+def test_help_needs_nothing_heavy():
+    heavy = {"torch", "timm", "torchvision", "datasets", "rich", "numpy", "PIL"}
+    script = f"import sys\ntry:\n from convmixer_edu.cli import main\n main(['--help'])\nfinally:\n" \
+             f" print(sorted({heavy} & set(sys.modules)), file=sys.stderr)"
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr.strip() == "[]"
+    assert all(word in done.stdout for word in ("train", "evaluate", "predict", "info", "--version"))
+    assert time.monotonic() - started < 10  # seconds; importing torch alone would take them
+
+
+def test_program_is_plain_even_where_colours_are_forced():
+    env = offline(FORCE_COLOR=1, GITHUB_ACTIONS="true", PY_COLORS=1, COLUMNS=100)
+    helped = subprocess.run([PROGRAM, "train", "--help"], env=env, capture_output=True, text=True, timeout=60)
+    assert helped.returncode == 0 and "\x1b" not in helped.stdout and not helped.stderr
+    assert all(option in helped.stdout for option in (
+        "--preset", "--data", "--out", "--resume", "--epochs", "--seed", "--device", "--set", "--json"))
+    wrong = subprocess.run([PROGRAM, "trian"], env=env, capture_output=True, text=True, timeout=60)
+    assert wrong.returncode == 2 and not wrong.stdout
+    assert len(wrong.stderr.splitlines()) == 1 and "\x1b" not in wrong.stderr
+
+
+def test_version():
+    assert works("--version") == f"convmixer {__version__}\n"
+
+
+def test_presets_are_those_of_the_trainer():
+    assert cli.PRESET_NAMES == tuple(PRESETS)
+    helped = re.sub(r"\s+", " ", works("train --help"))
+    assert all(name in helped for name in PRESETS)
+
+
+# ---------------------------------------------------------------- info
+
+
+@pytest.mark.parametrize("sizes", [dict(dim=1536, depth=20), dict(dim=768, depth=32, kernel_size=7),
+                                   dict(dim=24, depth=2, kernel_size=4, patch_size=3, num_classes=7, in_chans=1,
+                                        image_size=29)])
+def test_info_counts_what_anatomy_counts(sizes):
+    words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in sizes.items())
+    told = json.loads(works(f"info {words} --json"))
+    full = {"kernel_size": 9, "patch_size": 7, "num_classes": 1000, "in_chans": 3, "image_size": 224, **sizes}
+    assert {name: told[name] for name in full} == full
+    side = full.pop("image_size")
+    assert told["parameters"] == anatomy.count_parameters(**full)
+    assert told["macs"] == anatomy.count_macs(**full, image_size=side)
+    assert told["macs_without_depthwise"] == anatomy.count_macs(**full, image_size=side, exclude_depthwise=True)
+    assert told["receptive_field"] == anatomy.receptive_field(full["depth"], full["kernel_size"], full["patch_size"])
+    for total in ("parameters", "macs"):
+        assert sum(layer[total] for layer in told["layers"]) == told[total]
+    assert told["layers"][-1]["shape"] == [full["num_classes"]]
+    plain = works(f"info {words}")
+    assert all(f"{told[key]:,}" in plain for key in ("parameters", "macs", "macs_without_depthwise"))
+    assert f"Blocks 4 to {full['depth'] + 2} are like block 3." in plain
+    shape = " x ".join(map(str, told["layers"][0]["shape"]))
+    assert shape in plain and not any(line != line.rstrip() for line in plain.splitlines())
+
+
+def test_info_of_one_block_names_no_others():
+    assert "are like" not in works("info --dim 8 --depth 1 --image-size 14")
+
+
+# ---------------------------------------------------------------- train
+
+
+def test_train_says_what_it_did(trained):
+    said = (trained.parent / "said").read_text()
+    record = json.loads((trained / "run.json").read_text())
+    assert re.search(r"^epoch 2/2  loss \d\.\d{3}  [\d,]+ images/s  0:00 left$", said, re.M)
+    assert f"{record['test_accuracy']:.2f} %" in said and str(trained) in said
+    names = {file.name for file in trained.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "model.safetensors", "run.json", "command.json"}
+    command = json.loads((trained / "command.json").read_text())
+    assert command == {"command": f"convmixer train --out {trained} {TINY}", "source": "digits", "device": "cpu"}
+    config = json.loads((trained / "config.json").read_text())["config"]
+    assert (config["dim"], config["epochs"], config["limit"]) == (8, 2, 200)
+    assert config["flip"] is PRESETS["digits"].flip
+
+
+def test_train_json_is_one_object_and_nothing_else(trained):
+    lines = works(f"train --out run --json {TINY}").splitlines()
+    assert len(lines) == 1
+    told, record = json.loads(lines[0]), json.loads(Path("run/run.json").read_text())
+    assert told == {"run": "run", **record}
+    assert told["test_accuracy"] == json.loads((trained / "run.json").read_text())["test_accuracy"]
+
+
+def test_held_out_accuracy_is_shown():
+    assert re.search(r"^epoch 1/2  loss \S+  accuracy \d+\.\d %  ", works(f"train --out run {TINY} --set holdout=50"), re.M)
+
+
+def test_preset_digits_needs_no_data_and_others_take_the_default(monkeypatch, tmp_path):
+    monkeypatch.setenv("CONVMIXER_DATA", str(class_folders(tmp_path / "pets")))
+    works(f"train --out run {TINY}")
+    assert json.loads(Path("run/config.json").read_text())["source"] == "digits"
+    works("train --out pets-run --epochs 1 --seed 3 --device cpu --set dim=4 --set depth=1 --set depthwise=library")
+    note = json.loads(Path("pets-run/config.json").read_text())
+    assert note["classes"] == ["cat", "dog"] and note["config"]["seed"] == 3
+    assert note["config"]["patch_size"] == PRESETS["quick"].patch_size
+    assert json.loads(Path("pets-run/command.json").read_text())["source"] == str(tmp_path / "pets")
+
+
+# ---------------------------------------------------------------- resume
+
+
+def steps_saved(folder):
+    return max((int(file.stem[11:]) for file in folder.glob("checkpoint-*.safetensors")), default=0)
+
+
+def wait_for(process, folder, step):
+    """Wait until a running process has saved a step."""
+    until = time.monotonic() + 120
+    while steps_saved(folder) < step:
+        assert process.poll() is None and time.monotonic() < until, (step, process.poll())
+        time.sleep(0.002)
+
+
+def start(*words, **streams):
+    env = {**offline(OMP_NUM_THREADS=1, TERM="xterm"), "CONVMIXER_CACHE": os.environ["CONVMIXER_CACHE"]}
+    env.pop("NO_COLOR", None)
+    return subprocess.Popen([PROGRAM, *words], env=env, text=True, **{"stdout": subprocess.PIPE, **streams})
+
+
+def on_a_terminal(*words):
+    """The program with a terminal for its stderr: (exit code, stdout, what the terminal saw)."""
+    master, slave = pty.openpty()
+    process = start(*words, stderr=slave)
+    os.close(slave)
+    seen = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while some := os.read(master, 4096):
+            seen += some
+    os.close(master)
+    out, _ = process.communicate(timeout=60)
+    return process.returncode, out, seen.decode()
+
+
+def test_stopped_killed_and_resumed_it_is_the_same_run(tmp_path):
+    recipe = TINY.replace("--epochs 2", "--epochs 40")  # 3 steps an epoch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        works(f"train --out quiet {recipe} --set mixup=0.5 --set erase=0.2")
+    finally:
+        torch.set_num_threads(threads)
+    first, second = random.randrange(3, 25), random.randrange(35, 80)
+    print("stopped after", first, "and killed after", second)
+    words = shlex.split(f"train --out moved {recipe} --set mixup=0.5 --set erase=0.2")
+    process = start(*words, stderr=subprocess.PIPE)
+    wait_for(process, tmp_path / "moved", first)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and len(said.splitlines()) == 1 and "go on with --resume" in said, said
+    process = start("train", "--resume", "--out", "moved")
+    wait_for(process, tmp_path / "moved", second)
+    process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL and second <= steps_saved(tmp_path / "moved") < 120
+    code, out, seen = on_a_terminal("train", "--resume", "--out", "moved", "--json")
+    assert code == 0 and len(out.splitlines()) == 1 and json.loads(out)["steps"] == 120
+    assert all(word in seen for word in ("loss", "images/s", "left", "epoch 40/40", "\x1b[")), seen
+    one, other = (read_checkpoint(Path(name, "model.safetensors"))[0] for name in ("quiet", "moved"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_resume_of_a_finished_run_tells_it_again(trained):
+    record = json.loads((trained / "run.json").read_text())
+    again = json.loads(works(f"train --resume --out {trained} --json"))
+    assert again == {"run": str(trained), **record}
+    assert works(f"train --resume --out {trained} {TINY}").splitlines()[0].startswith("test accuracy")
+
+
+def test_resume_knows_the_folder_of_images(tmp_path, monkeypatch):
+    pets = class_folders(tmp_path / "elsewhere" / "pets")
+    works(f"train --out run {TINY} --data {pets}")
+    Path("run/run.json").unlink()
+    works("train --resume --out run")
+    works("evaluate run")
+    Path("run/run.json").unlink()
+    pets = pets.rename(tmp_path / "moved")
+    monkeypatch.delenv("CONVMIXER_DATA")
+    fails("train --resume --out run", "elsewhere/pets", "--data")
+    fails("evaluate run", "elsewhere/pets", "--data")
+    monkeypatch.setenv("CONVMIXER_DATA", "digits")
+    fails("train --resume --out run", "other training images")
+    works(f"train --resume --out run --data {pets}")
+
+
+@pytest.mark.parametrize("more, words", [
+    ("--epochs 3", ["another recipe", "epochs (2 there, 3 now)"]),
+    ("--seed 1", ["seed (0 there, 1 now)"]),
+    ("--set lr=0.5", ["lr (0.02 there, 0.5 now)"]),
+    ("--preset quick", ["another recipe"]),
+    ("--set checkpoint_seconds=soon", ["checkpoint_seconds is 'soon'"]),
+])
+def test_resume_refuses_what_differs(trained, more, words):
+    fails(f"train --resume --out {trained} {more}", *words)
+
+
+# ---------------------------------------------------------------- evaluate and predict
+
+
+def test_evaluate_agrees_with_the_run(trained):
+    record = json.loads((trained / "run.json").read_text())
+    seen = json.loads(works(f"evaluate {trained} --device cpu --json"))
+    assert seen["images"] == record["test_images"] and seen["accuracy"] == pytest.approx(record["test_accuracy"], abs=1e-3)
+    assert seen["run"] == str(trained) and seen["split"] == "test"
+    plain = works(f"evaluate {trained} --data digits --split train")
+    assert "1,438 images (train)" in plain and "images/s" in plain
+
+
+@pytest.mark.parametrize("mode, size", [("L", (8, 8)), ("RGB", (40, 9)), ("RGBA", (5, 30)), ("P", (64, 64)),
+                                        ("1", (1, 3)), ("CMYK", (300, 200)), ("I;16", (16, 16))])
+def test_predict_takes_any_size_and_mode(trained, tmp_path, mode, size):
+    path = picture(tmp_path / f"a picture.{'tif' if mode == 'CMYK' else 'png'}", mode, size)
+    (seen,) = json.loads(works(f"predict {trained} '{path}' --top 10 --json"))["predictions"]
+    chances = [best["probability"] for best in seen["classes"]]
+    assert seen["image"] == str(path) and sum(chances) == pytest.approx(1, abs=1e-5)
+    assert chances == sorted(chances, reverse=True)
+    assert sorted(best["class"] for best in seen["classes"]) == list("0123456789")
+
+
+def test_predict_tells_people(trained, tmp_path):
+    one, two = picture(tmp_path / "one.png"), picture(tmp_path / "two.png", "L")
+    lines = works(f"predict {trained} {one} {two} --top 2").splitlines()
+    assert len(lines) == 4 and str(one) in lines[0] and str(two) in lines[2]
+    assert all(re.search(r"\d\s+\d+\.\d %$", line) for line in lines)
+
+
+# ---------------------------------------------------------------- wrong use
+
+
+@pytest.mark.parametrize("line, words", [
+    ("", ["Missing command", "convmixer --help"]),
+    ("trian", ["No such command 'trian'"]),
+    ("--colour", ["No such option", "--colour"]),
+    ("train", ["--out", "convmixer train --help"]),
+    ("train --out run --preset fast", ["no preset 'fast'", "quick, digits, light25"]),
+    ("train --out run --set speed=1", ["no setting 'speed'", "kernel_size"]),
+    ("train --out run --set lr", ["key=value", "'lr'"]),
+    ("train --out run --set =1", ["key=value"]),
+    ("train --out run --set lr=1 --set lr=2", ["lr is given twice"]),
+    ("train --out run --epochs 1 --set epochs=1", ["epochs is given twice"]),
+    ("train --out run --set lr=fast", ["lr is 'fast'", "float"]),
+    ("train --out run --set lr=nan", ["lr is nan"]),
+    ("train --out run --set flip=maybe", ["flip is 'maybe'", "bool"]),
+    ("train --out run --set dim=0", ["dim", "0"]),
+    ("train --out run --set image_size=-1", ["-1"]),
+    ("train --out run --set precision=float8", ["precision is 'float8'", "bfloat16"]),
+    ("train --out run --epochs 0", ["epochs", "0"]),
+    ("train --out run --epochs many", ["--epochs", "integer"]),
+    ("train --out run --seed -1", ["--seed"]),
+    ("train --out run --seed 99999999999999999999", ["--seed"]),
+    ("train --out run --device gpu", ["no device 'gpu'", "cuda"]),
+    ("train --out run --device cuda:77", ["cuda:77", "try cpu"]),
+    ("train --out run --data nowhere", ["no folder nowhere", "digits"]),
+    ("train --out run --preset quick --set patch_size=9", ["patch_size is 9", "8 x 8"]),
+    ("train --out run --resume", ["run holds no run", "without --resume"]),
+    ("evaluate run", ["run holds no run"]),
+    ("evaluate", ["RUN"]),
+    ("evaluate . --device tpu", ["no device 'tpu'"]),
+    ("predict run a.png", ["run holds no run"]),
+    ("predict run", ["IMAGE"]),
+    ("predict run a.png --top 0", ["--top"]),
+    ("info --dim ten", ["--dim", "integer"]),
+    ("info --depth 0", ["depth", "0"]),
+    ("info --kernel-size -3", ["kernel_size", "-3"]),
+    ("info --image-size 6", ["image_size", "6"]),
+    ("info --colour red", ["--colour"]),
+    ("info tomorrow", ["tomorrow"]),
+])
+def test_wrong_words_are_one_line(line, words):
+    fails(line, *words)
+    assert not Path("run").exists()
+
+
+def test_folders_that_are_no_data(tmp_path):
+    train = f"train --out run {TINY} --data"
+    Path("empty").mkdir()
+    fails(f"{train} empty", "empty", "train and test")
+    picture(tmp_path / "file.png")
+    fails(f"{train} file.png", "file.png is a file")
+    fails(f"{train} {class_folders(tmp_path / 'one', ('cat',), ('cat',))}", "only the class cat")
+    fails(f"{train} {class_folders(tmp_path / 'differ', test=('cat', 'cow'))}", "differ", "cow", "dog")
+    fails(f"{train} {class_folders(tmp_path / 'lacks', test=())}", "lacks")
+    text = class_folders(tmp_path / "text")
+    (text / "train" / "cat" / "notes.txt").write_text("no picture")
+    fails(f"{train} {text}", "notes.txt", "not an image")
+    fake = class_folders(tmp_path / "fake")
+    (fake / "test" / "dog" / "0.png").write_text("no picture")
+    fails(f"{train} {fake}", "0.png is not an image")
+    bare = class_folders(tmp_path / "bare")
+    shutil.rmtree(bare / "train" / "dog")
+    (bare / "train" / "dog").mkdir()
+    fails(f"{train} {bare}", "dog is empty")
+    mixed = class_folders(tmp_path / "mixed")
+    picture(mixed / "train" / "cat" / "0.png", size=(9, 9))
+    fails(f"{train} {mixed}", "9x9")
+    assert not Path("run").exists()
+    works(f"{train} {mixed} --set image_size=8")
+
+
+def test_a_folder_that_is_taken(trained, tmp_path):
+    before = {file.name: file.read_bytes() for file in trained.iterdir()}
+    fails(f"train --out {trained} {TINY}", "not empty", "--resume")
+    assert {file.name: file.read_bytes() for file in trained.iterdir()} == before
+    Path("file").touch()
+    fails(f"train --out file {TINY}", "file is a file")
+    fails(f"train --out file/below {TINY}", "file")
+    Path("free").mkdir()
+    works(f"train --out free {TINY}")
+
+
+def test_runs_that_are_none(trained, tmp_path):
+    image = picture(tmp_path / "a.png")
+    for name in ("config.json", "model.safetensors"):
+        part = shutil.copytree(trained, tmp_path / f"without-{name}")
+        (part / name).unlink()
+        for line in (f"evaluate {part}", f"predict {part} {image}"):
+            fails(line, name, "missing")
+    fails(f"evaluate {trained / 'model.safetensors'}", "holds no run")
+    fails(f"predict {image} {image}", "holds no run")
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("model.safetensors", b"no weights", ["model.safetensors", "damaged"]),
+    ("model.safetensors", b"", ["model.safetensors"]),
+    ("config.json", b"{", ["config.json is damaged"]),
+    ("config.json", b"[1]", ["config.json is damaged"]),
+    ("config.json", b"\xff\xfe", ["config.json is damaged"]),
+    ("config.json", b'{"config": {"speed": 1}, "source": "digits"}', ["speed"]),
+    ("command.json", b"{}", ["command.json is damaged"]),
+])
+def test_damaged_runs(trained, tmp_path, name, content, words):
+    broken = shutil.copytree(trained, tmp_path / "broken")
+    (broken / name).write_bytes(content)
+    fails("evaluate broken", *words)
+    if name != "model.safetensors":
+        fails("train --resume --out broken", *words)
+
+
+def test_weights_that_were_changed(trained, tmp_path):
+    broken = shutil.copytree(trained, tmp_path / "broken")
+    content = bytearray((broken / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (broken / "model.safetensors").write_bytes(content)
+    fails(f"predict broken {picture(tmp_path / 'a.png')}", "checksum")
+
+
+def test_pictures_that_are_none(trained, tmp_path):
+    Path("text.png").write_text("no picture")
+    fails(f"predict {trained} text.png", "text.png is not an image")
+    fails(f"predict {trained} {picture(tmp_path / 'good.png')} gone.png", "no file gone.png")
+    fails(f"predict {trained} {tmp_path}", "no file")
+
+
+def test_data_that_do_not_fit_the_model(trained, tmp_path):
+    pets = class_folders(tmp_path / "pets")
+    fails(f"evaluate {trained} --data {pets}", "cat, dog", "the model knows")
+    digits = class_folders(tmp_path / "colours", tuple("0123456789"), tuple("0123456789"))
+    fails(f"evaluate {trained} --data {digits}", "3 channels", "wants 1")
+    fails(f"evaluate {trained} --split middle", "no split 'middle'")
+
+
+# ---------------------------------------------------------------- used rightly, and failed
+
+
+def test_a_loss_that_is_no_number():
+    code, out, err = call(f"train --out run {TINY} --set lr=1e30 --set clip=0 --json")
+    assert code == 1 and not out and len(err.splitlines()) == 1
+    assert "the loss became" in err and "lower lr" in err
+
+
+def test_a_full_disk(monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    fails(f"train --out run {TINY}", "No space left", "make room", code=1)
+
+
+def test_no_memory():
+    fails(f"train --out run {TINY} --set dim=10000000", "not enough memory", code=1)
+
+
+def test_asked_to_stop(monkeypatch):
+    monkeypatch.setattr(cli, "_remember", lambda *known: signal.raise_signal(signal.SIGTERM))
+    fails(f"train --out run {TINY}", "stopped by signal 15", "--resume", code=143)
+    monkeypatch.undo()
+    works("train --out run --resume --data digits")
+
+
+def test_interrupted_before_it_began(monkeypatch):
+    def interrupted(*words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_recipe", interrupted)
+    fails(f"train --out run {TINY}", "stopped", code=130)
+
+
+def test_a_bug_shows_where_it_is(monkeypatch):
+    monkeypatch.setattr(cli, "_recipe", lambda *words: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train", "--out", "run"])
+    monkeypatch.setenv("CONVMIXER_DEBUG", "1")
+    with pytest.raises(cli.Failure):
+        cli.main(["train", "--out", "run", "--preset", "fast"])
+
+
+def test_warnings_are_one_line(trained, tmp_path):
+    broken = shutil.copytree(trained, tmp_path / "broken")
+    (broken / "run.json").unlink()
+    (broken / "checkpoint-000000001.safetensors").write_bytes(b"no checkpoint")
+    fails("train --resume --out broken", code=2)
+
+
+def test_a_closed_pipe_is_no_error():
+    line = f"{shlex.quote(str(PROGRAM))} info --dim 8 --depth 400 --json | head -c 1"
+    done = subprocess.run(["bash", "-c", line], env=offline(), capture_output=True, text=True, timeout=120)
+    assert done.stdout == "{" and not done.stderr
+
+
+# ---------------------------------------------------------------- what people see
+
+
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("env, bar", [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
+def test_one_bar_on_a_terminal_only(monkeypatch, capsys, env, bar):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "")
+    monkeypatch.setenv("COLUMNS", "80")
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stderr", Screen())
+    with cli._Watch(as_json=False) as watch:
+        for step in (1, 99, 100):
+            watch({"event": "step", "epoch": 200, "epochs": 200, "step": step, "steps": 100, "loss": 2.25,
+                   "images_per_second": 12345.6, "seconds_left": 3725.4})
+        watch({"event": "epoch", "epoch": 200, "epochs": 200, "loss": 2.0, "held_out_accuracy": 91.26})
+        if watch.bar:
+            watch.bar.refresh()
+    screen, lines = sys.stderr.getvalue(), capsys.readouterr().out
+    facts = "loss 2.000  accuracy 91.3 %  12,346 images/s  1:02:05 left"
+    assert ("\x1b" in screen) is bar and (facts in screen) is bar  # nothing is cut at 80 columns
+    assert lines == ("" if bar else f"epoch 200/200  {facts}\n")
+
+
+@pytest.mark.parametrize("seconds, text", [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3725.4, "1:02:05")])
+def test_clock(seconds, text):
+    assert cli._clock(seconds) == text
+
+
+def test_every_setting_can_be_set():
+    for name, value in Config().__dict__.items():
+        assert cli._settings([f"{name}={value}"]) == {name: str(value)}
