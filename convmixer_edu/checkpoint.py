@@ -177,7 +177,7 @@ def collect(
             tensors[f"optimizer.{i}.{name}"] = torch.as_tensor(value)
     return tensors
 
-# %% ../nbs/06b_checkpoint.ipynb #1b37cdb5
+# %% ../nbs/06b_checkpoint.ipynb #bdb388ff
 def restore(
     model: torch.nn.Module,  # of the same sizes as the one collected
     optimizer: torch.optim.Optimizer,  # over the same parameters
@@ -187,12 +187,16 @@ def restore(
 
     Raises `CheckpointError` when they belong to a model of another shape."""
     weights, state = {}, {}
+    parameters = [p for g in optimizer.param_groups for p in g["params"]]
     for name, tensor in tensors.items():
         kind, rest = name.split(".", 1)
         if kind == "model":
             weights[rest] = tensor
         elif kind == "optimizer":
             i, key = rest.split(".", 1)
+            like = parameters[int(i)] if int(i) < len(parameters) else tensor
+            if tensor.shape == like.shape:  # in memory as its parameter is
+                tensor = torch.empty_like(like).copy_(tensor)
             state.setdefault(int(i), {})[key] = tensor
     try:
         model.load_state_dict(weights)

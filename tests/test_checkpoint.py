@@ -137,3 +137,26 @@ def test_a_checkpoint_of_another_model_is_refused():
     assert any(name.startswith("optimizer.0.") for name in tensors)
     with pytest.raises(CheckpointError, match="another model"):
         restore(*parts(4), tensors)
+
+
+def test_the_optimiser_gets_its_state_back_in_the_layout_of_its_parameters():
+    def step(model, optimizer, seed):
+        optimizer.zero_grad()
+        x = torch.randn(2, 3, 8, 8, generator=keyed_generator(seed)).to(memory_format=torch.channels_last)
+        model(x).square().sum().backward()
+        optimizer.step()
+
+    def parts():
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+    model, optimizer = parts()
+    step(model, optimizer, 1)
+    kept = {name: tensor.clone(memory_format=torch.contiguous_format)
+            for name, tensor in collect(model, optimizer).items()}
+    step(model, optimizer, 2)
+    other, again = parts()
+    restore(other, again, kept)
+    step(other, again, 2)
+    assert torch.equal(model.weight, other.weight)
