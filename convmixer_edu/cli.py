@@ -340,7 +340,7 @@ def _new_bar(console, steps):
     bar.start()
     return bar
 
-# %% ../nbs/11_command_line.ipynb #de556af6
+# %% ../nbs/11_command_line.ipynb #d448781a
 class _Watch:
     "Shows a run at work: one bar on a terminal, else a line an epoch"
 
@@ -357,7 +357,7 @@ class _Watch:
             self.bar.stop()
 
     def __call__(self, event):
-        if event["event"] == "done":
+        if event["event"] not in ("step", "epoch"):
             return
         epoch = f"epoch {event['epoch']}/{event['epochs']}"
         if event["event"] == "step":
