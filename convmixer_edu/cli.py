@@ -46,7 +46,7 @@ def _begin(version: Annotated[bool, typer.Option(
         help="Print the version.")] = False):
     "Count, train, judge and use a ConvMixer."
 
-# %% ../nbs/11_command_line.ipynb #5a146126
+# %% ../nbs/11_command_line.ipynb #8157f112
 class Failure(Exception):
     "What went wrong, in one sentence, and the exit code that says how badly"
 
@@ -56,7 +56,8 @@ class Failure(Exception):
 
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # of the disk
-_NO_ROOM = re.compile("out of memory|allocate|size calculation overflowed")
+_NO_ROOM = re.compile("out of memory|allocate|calculation overflowed|"
+                      "Overflow when unpacking")  # torch's words
 
 
 def _explain(error):
@@ -76,8 +77,9 @@ def _explain(error):
         return str(error), 2
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         return "stopped by Ctrl-C", 130
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError)
-                                          and _NO_ROOM.search(str(error))):
+    if isinstance(error, MemoryError) or (
+            isinstance(error, (RuntimeError, TypeError, OverflowError))
+            and _NO_ROOM.search(str(error))):
         return ("there is not enough memory for this: make batch_size or "
                 "the model smaller"), 1
     return None
