@@ -27,7 +27,7 @@ def main():
     epochs = [line["epoch"] for line in run["metrics"]]
     right.plot(epochs, [line["loss"] for line in run["metrics"]], "o-", color=PALETTE[0])
     right.set(xlabel="epoch", ylabel="training loss", xticks=epochs,
-              title=f"{run['test_accuracy']:.1f} % on CIFAR-10 in {run['seconds']:.0f} s on two CPU cores")
+              title=f"{run['test_accuracy']:.1f} % on CIFAR-10, {run['seconds']:.0f} s, two cores")
     for ax in (left, right):
         ax.title.set_color(INK)
         ax.xaxis.label.set_color(INK)
