@@ -285,70 +285,7 @@ def _by_matrix(groups, nearest, fill):
         out = out.add_(1e-3).to(torch.uint8)  # cut off, as Pillow does
     return out.where(inside[:, None], fill)
 
-# %% ../nbs/05_augment.ipynb #9957c2a5
-BLENDS = {"Color": _grey, "Sharpness": _smooth}
-MATRICES = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
-OPS = ("Identity", *TABLES, *BLENDS, *MATRICES)
-
-
-def _together(groups, k):
-    "The k-th tensor of all groups as one."
-    return torch.cat([group[k] for group in groups.values()])
-
-
-def _by_table(groups, *_):
-    "256 new values for each channel of each image, then one look-up."
-    images, tables = _together(groups, 0), []
-    for name, (part, args, _) in groups.items():
-        table = TABLES[name](part, args[:, None, None])  # (b, 1 or C, 256)
-        table = table.to(torch.uint8)
-        tables.append(table.expand(*part.shape[:2], 256))
-    index = images.flatten(2).long()  # (b, C, HW)
-    return torch.cat(tables).gather(2, index).view_as(images)
-
-
-def _by_blend(groups, *_):
-    "Move each pixel away from, or towards, a plainer version of its image."
-    images, args = _together(groups, 0), _together(groups, 1)
-    plain = [BLENDS[name](part) for name, (part, *_) in groups.items()]
-    return _blend(torch.cat(plain), images, args[:, None, None, None])
-
-# %% ../nbs/05_augment.ipynb #7045380b
-def _matrix(ops, args, height, width, whole):
-    "Where a pixel comes from: (x, y) = M (x, y, 1), as (B, 2, 3)."
-    drew = {name: args * (ops == OPS.index(name)) for name in MATRICES}
-    turn = torch.deg2rad(drew["Rotate"])
-    cos, sin, x0, y0 = turn.cos(), turn.sin(), width / 2, height / 2
-    right, down = drew["TranslateX"] * width, drew["TranslateY"] * height
-    if whole:  # torchvision moves by whole pixels
-        right, down = right.trunc(), down.trunc()
-    return torch.stack([
-        cos, drew["ShearX"] - sin, x0 - cos * x0 + sin * y0 + right,
-        sin + drew["ShearY"], cos, y0 - sin * x0 - cos * y0 + down,
-    ], -1).view(-1, 2, 3)
-
-
-def _by_matrix(groups, nearest, fill):
-    "Turn, shear or move each image; `fill` comes in from outside."
-    images, matrix = _together(groups, 0), _together(groups, 2)
-    b, c, h, w = images.shape
-    y = torch.arange(h, device=images.device)[:, None] + 0.5
-    x = torch.arange(w, device=images.device) + 0.5
-    m = matrix.view(b, 6, 1, 1).unbind(1)
-    x, y = m[0] * x + m[1] * y + m[2], m[3] * x + m[4] * y + m[5]
-    inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)  # (b, H, W)
-    if nearest:
-        at = y.clamp_(0, h - 1).long() * w + x.clamp_(0, w - 1).long()
-        at = at.view(b, 1, h * w).expand(b, c, h * w)
-        out = images.flatten(2).gather(2, at).view_as(images)
-    else:
-        grid = torch.stack([x * (2 / w) - 1, y * (2 / h) - 1], -1)
-        out = F.grid_sample(images.float(), grid, padding_mode="border",
-                            align_corners=False)
-        out = out.add_(1e-3).to(torch.uint8)  # cut off, as Pillow does
-    return out.where(inside[:, None], fill)
-
-# %% ../nbs/05_augment.ipynb #d92ddffb
+# %% ../nbs/05_augment.ipynb #775a4ada
 def _check_draws(images, ops, args):
     "uint8 images with one operation each, drawn on the CPU."
     _check(images, None)
@@ -393,7 +330,7 @@ def apply_ops(
     back = _send(order.argsort(), images)
     return torch.cat(done).index_select(0, back)
 
-# %% ../nbs/05_augment.ipynb #a82beaad
+# %% ../nbs/05_augment.ipynb #c7d5d592
 @dataclass(frozen=True)
 class Policy:
     "Which operations may be drawn, how often and how strong."
@@ -426,7 +363,7 @@ POLICIES = {
         "TranslateY": (0.0, 150 / 331), **_AROUND_ONE, **_TURNS}),
 }
 
-# %% ../nbs/05_augment.ipynb #59f4c573
+# %% ../nbs/05_augment.ipynb #6f58a3db
 def draw_ops(
     count: int,  # how many images
     m: float,  # magnitude, 0 to the policy's top
@@ -460,7 +397,7 @@ def _policy(name, m):
                          f"the scale of policy {name!r}")
     return POLICIES[name]
 
-# %% ../nbs/05_augment.ipynb #a0615445
+# %% ../nbs/05_augment.ipynb #f7bb5111
 def rand_augment(
     images: Tensor,  # (B, C, H, W), uint8 or float from 0 to 1
     n: int = 2,  # operations an image, one after the other
@@ -489,7 +426,7 @@ def rand_augment(
         pixels = apply_ops(pixels, ops, args, chosen.nearest, fill)
     return _from_bytes(pixels, images.dtype)
 
-# %% ../nbs/05_augment.ipynb #7ac3b9cc
+# %% ../nbs/05_augment.ipynb #1396f99c
 def color_jitter(
     images: Tensor,  # (B, C, H, W), uint8 or float from 0 to 1
     strength: float = 0.2,  # factors are drawn from 1 -+ strength
@@ -517,7 +454,7 @@ def _check_part(name, value):
     if not 0 <= value <= 1:
         raise ValueError(f"{name} is {value}, expected a number from 0 to 1")
 
-# %% ../nbs/05_augment.ipynb #a89fcf7b
+# %% ../nbs/05_augment.ipynb #d5632c5f
 def normalize(
     images: Tensor,  # (B, C, H, W), uint8 or float from 0 to 1
     mean,  # C numbers, for images from 0 to 1
@@ -538,7 +475,7 @@ def normalize(
     pixels = images.to(torch.float32, copy=True)
     return torch.addcmul(shift, pixels, scale, out=pixels).to(dtype)
 
-# %% ../nbs/05_augment.ipynb #85288e04
+# %% ../nbs/05_augment.ipynb #8ce1b5f3
 def random_erasing(
     images: Tensor,  # (B, C, H, W), normalised floats
     p: float = 0.25,  # chance that an image loses a box
@@ -575,7 +512,7 @@ def random_erasing(
     noise = _send(noise, images).to(images.dtype)
     return images.index_copy(0, at, torch.where(box, noise, images[at]))
 
-# %% ../nbs/05_augment.ipynb #05532ef5
+# %% ../nbs/05_augment.ipynb #2e087ee2
 def mix(
     images: Tensor,  # (B, C, H, W), normalised floats
     labels: Tensor,  # int64 (B,)
@@ -618,7 +555,7 @@ def mix(
         np.random.set_state(before)
     return mixed[:b], targets[:b]
 
-# %% ../nbs/05_augment.ipynb #42684019
+# %% ../nbs/05_augment.ipynb #daf76165
 @dataclass(frozen=True)
 class Augment:
     """The draws of one recipe: call it on uint8 images, then normalise.
@@ -669,7 +606,7 @@ class Augment:
             return images
         return random_erasing(images, self.erase, generator, self.erase_mode)
 
-# %% ../nbs/05_augment.ipynb #f8f0ea74
+# %% ../nbs/05_augment.ipynb #be42cf78
 def paper_transform(
     image_size: int = 32,  # side in pixels
     mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465),  # CIFAR-10's

@@ -1,5 +1,6 @@
 """The notebooks are clean, in the form of a chapter, and the package is what they export."""
 
+import ast
 import json
 import re
 import shutil
@@ -104,3 +105,11 @@ def test_modules_import_only_from_below():
     for path in (ROOT / "convmixer_edu").glob("[!_]*.py"):
         for below in re.findall(r"(?:convmixer_edu\.|from \.)(\w+) import", path.read_text("utf8")):
             assert floors[below] < floors[path.stem], f"{path.stem} imports {below}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "convmixer_edu").glob("[a-z]*.py")), ids=lambda path: path.stem)
+def test_a_name_is_exported_once(path):
+    """A function grows over several cells of a chapter; only its last form is exported."""
+    names = [node.name for node in ast.parse(path.read_text("utf8")).body
+             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name != "_"]
+    assert sorted(names) == sorted(set(names))
