@@ -21,9 +21,9 @@ from torchvision.transforms import RandAugment
 
 from convmixer_edu.augment import rand_augment
 from convmixer_edu.data import load_images
-from convmixer_edu.train import (PRESETS, build_model, choose_device, choose_precision, keep_freed_memory, make_batch,
-                                 make_optimizer, statistics as image_statistics, train_step, with_settings)
-from convmixer_edu.train import _choose_depthwise
+from convmixer_edu.train import (PRESETS, _choose_depthwise, build_model, choose_device, choose_precision,
+                                 keep_freed_memory, make_batch, make_optimizer, train_step, with_settings)
+from convmixer_edu.train import statistics as image_statistics
 
 ROUNDS = 7
 
