@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from convmixer_edu.ledger import recorded, results_folder
-from convmixer_edu.train import load_run
+from convmixer_edu.inference import load_run
 from convmixer_edu.visualize import PALETTE, axes
 
 RUN = "quick-seed0"

@@ -310,7 +310,7 @@ def _source_of(run, data):
 def _recipe(out, resume, preset, settings):
     "The recipe of a run: a preset's or the folder's, and what was set"
     old = _read_note(out)["config"] if resume else None
-    from convmixer_edu.train import PRESETS, Config, with_settings
+    from convmixer_edu.recipe import PRESETS, Config, with_settings
     if not resume or preset:
         return with_settings(PRESETS[preset or "quick"], settings)
     return with_settings(with_settings(Config(), old), settings)
@@ -480,7 +480,7 @@ def evaluate_command(
     "Judge a trained model on images."
     _check_words(None, device)
     _check_finished(run)
-    from convmixer_edu.train import evaluate
+    from convmixer_edu.inference import evaluate
     seen = evaluate(run, _source_of(run, data), split, device)
     if as_json:
         print(json.dumps({"run": str(run), "split": split, **seen}))
@@ -505,7 +505,7 @@ def predict_command(
     for image in images:
         if not image.is_file():
             raise Failure(f"there is no file {image}: expected a picture")
-    from convmixer_edu.train import predict
+    from convmixer_edu.inference import predict
     seen = predict(run, images, top)
     if as_json:
         print(json.dumps({"run": str(run), "predictions": [

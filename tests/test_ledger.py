@@ -62,7 +62,7 @@ def test_every_record_of_the_book_is_whole_and_says_what_it_was():
 
 
 def test_recorded_weights_give_the_recorded_accuracy(cifar10, tmp_path):
-    from convmixer_edu.train import evaluate
+    from convmixer_edu.inference import evaluate
     name = next(n for n in ledger.names() if (ledger.results_folder() / n / "model.safetensors").exists())
     shutil.copytree(ledger.results_folder() / name, tmp_path / name)
     seen = evaluate(tmp_path / name, cifar10, device="cpu")
