@@ -4,7 +4,7 @@
 __all__ = ['CHOICES', 'PRESETS', 'SOURCES', 'Config', 'check_config', 'augmentation', 'with_settings', 'sources', 'learning_rate',
            'make_optimizer']
 
-# %% ../nbs/06a_recipe.ipynb #3057c426
+# %% ../nbs/06a_recipe.ipynb #f293cba5
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -144,8 +144,8 @@ def _parse(name, value, kind):
 
 # %% ../nbs/06a_recipe.ipynb #d53bdd2f
 PRESETS = {
-    "quick": Config(dim=128, depth=4, patch_size=4, epochs=6, batch_size=64,
-                    lr=0.02, weight_decay=0.01, holdout=5000),
+    "quick": Config(dim=128, depth=4, patch_size=4, epochs=8, batch_size=64,
+                    lr=0.02, weight_decay=0.01, init="covariance"),
     "digits": Config(dim=64, depth=4, kernel_size=3, patch_size=1, epochs=12,
                      batch_size=64, lr=0.02, weight_decay=0.01, flip=False,
                      crop_scale=0.75, depthwise="library"),
@@ -162,7 +162,7 @@ PRESETS = {
                        cutmix=0.5, smoothing=0.1),
 }
 
-# %% ../nbs/06a_recipe.ipynb #65f63dfa
+# %% ../nbs/06a_recipe.ipynb #2f0ed7bd
 _LIGHT = "the authors' light script, github.com/locuslab/convmixer-cifar10"
 _README = "the authors' README, github.com/locuslab/convmixer"
 _OURS = "our choice"

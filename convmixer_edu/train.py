@@ -32,6 +32,7 @@ from .depthwise import fast_depthwise
 from .inference import (Statistics, choose_device,
                                      choose_precision, keep_freed_memory,
                                      score, statistics)
+from .initialize import covariance_init
 from .model import ConvMixer
 from .recipe import (PRESETS, Config, augmentation,
                                   learning_rate, make_optimizer,
@@ -188,6 +189,8 @@ def build_model(
         torch.manual_seed(c.seed)
         model = ConvMixer(c.dim, c.depth, c.kernel_size, c.patch_size,
                           len(data.classes), data.images.shape[1])
+    if c.init == "covariance":
+        covariance_init(model, keyed_generator(c.seed, 3))
     layout = (torch.channels_last if c.channels_last
               else torch.contiguous_format)
     model = model.to(device, memory_format=layout)
@@ -338,7 +341,7 @@ def train(
         _loop(run, report, stop)
     return _finish(run, test, report)
 
-# %% ../nbs/06_training.ipynb #40ef3802
+# %% ../nbs/06_training.ipynb #096ecd85
 def _check_data(c, data, test):
     "What must be true of the data before anything is built"
     if data.classes != test.classes:

@@ -24,7 +24,7 @@ from PIL import Image
 
 from convmixer_edu import __version__, anatomy, checkpoint, cli
 from convmixer_edu.checkpoint import read_checkpoint
-from convmixer_edu.train import PRESETS, Config
+from convmixer_edu.recipe import PRESETS, Config
 
 PROGRAM = Path(sys.executable).with_name("convmixer")
 TINY = ("--preset digits --device cpu --epochs 2 --set dim=8 --set depth=1 --set limit=200 --set patch_size=2 "

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from convmixer_edu import inference, recipe
 from convmixer_edu import train as t
 from convmixer_edu.checkpoint import keyed_generator, read_checkpoint
 from convmixer_edu.data import ImageSet, load_images
 
-TINY = t.Config(dim=8, depth=2, kernel_size=3, patch_size=1, epochs=2, batch_size=64, lr=0.02, limit=300, flip=False,
+TINY = recipe.Config(dim=8, depth=2, kernel_size=3, patch_size=1, epochs=2, batch_size=64, lr=0.02, limit=300, flip=False,
                 depthwise="library")
 
 
@@ -42,7 +43,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(finished, tmp
     torch.manual_seed(99)
     np.random.seed(99)
     again = t.train(TINY, "digits", tmp_path / "again", device="cpu")
-    other = t.train(t.with_settings(TINY, {"seed": 1}), "digits", tmp_path / "other", device="cpu")
+    other = t.train(recipe.with_settings(TINY, {"seed": 1}), "digits", tmp_path / "other", device="cpu")
     a, b, c = (read_checkpoint(f / "model.safetensors")[0] for f in (out, tmp_path / "again", tmp_path / "other"))
     assert all(torch.equal(a[k], b[k]) for k in a) and again["test_loss"] == record["test_loss"]
     assert not all(torch.equal(a[k], c[k]) for k in a) and other["steps"] == record["steps"]
@@ -57,13 +58,13 @@ def test_a_finished_run_is_read_not_repeated(finished):
 def test_evaluate_and_predict_agree_with_the_record(finished, tmp_path):
     from PIL import Image
     out, record, _ = finished
-    seen = t.evaluate(out, "digits", device="cpu")
+    seen = inference.evaluate(out, "digits", device="cpu")
     assert abs(seen["accuracy"] - record["test_accuracy"]) < 1e-2
     assert np.array_equal(seen["confusion"], record["test_confusion"])
     grey = load_images("digits", "test").images[0, 0].numpy()
     Image.fromarray(grey).save(tmp_path / "a.png")
     Image.fromarray(grey).resize((64, 48)).convert("RGBA").save(tmp_path / "b.png")
-    answers = t.predict(out, [tmp_path / "a.png", tmp_path / "b.png"], top=20)
+    answers = inference.predict(out, [tmp_path / "a.png", tmp_path / "b.png"], top=20)
     assert [len(a) for a in answers] == [10, 10]
     for answer in answers:
         assert abs(sum(p for _, p in answer) - 1) < 1e-5
@@ -77,25 +78,25 @@ def test_evaluate_and_predict_agree_with_the_record(finished, tmp_path):
     ({"checkpoint_seconds": -1}, "checkpoint_seconds is -1")])
 def test_a_recipe_that_cannot_work_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        t.Config(**settings)
+        recipe.Config(**settings)
 
 
 def test_settings_from_text():
-    c = t.with_settings(t.Config(), {"lr": "1e-3", "flip": "False", "limit": "none", "dim": "8", "precision": "float16"})
+    c = recipe.with_settings(recipe.Config(), {"lr": "1e-3", "flip": "False", "limit": "none", "dim": "8", "precision": "float16"})
     assert (c.lr, c.flip, c.limit, c.dim, c.precision) == (1e-3, False, None, 8, "float16")
     for wrong in ({"lr": "fast"}, {"flip": "maybe"}, {"dim": "8.5"}, {"learning_rate": "1"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            t.with_settings(t.Config(), wrong)
+            recipe.with_settings(recipe.Config(), wrong)
 
 
 def test_every_preset_is_a_recipe():
-    assert set(t.PRESETS) == {"quick", "digits", "light25", "light100", "paper200"}
-    for c in t.PRESETS.values():
-        assert t.with_settings(t.Config(), {k: str(v) for k, v in vars(c).items()}) == c
+    assert set(recipe.PRESETS) == {"quick", "digits", "light25", "light100", "paper200"}
+    for c in recipe.PRESETS.values():
+        assert recipe.with_settings(recipe.Config(), {k: str(v) for k, v in vars(c).items()}) == c
 
 
 def test_the_schedule_is_three_straight_lines():
-    rate = lambda x: t.learning_rate(x, 2.0)
+    rate = lambda x: recipe.learning_rate(x, 2.0)
     assert [rate(x) for x in (0, 0.2, 0.4, 0.8, 1)] == pytest.approx([0, 1, 2, 0.1, 0])
     for a, b in ((0, 0.4), (0.4, 0.8), (0.8, 1)):
         assert rate((a + b) / 2) == pytest.approx((rate(a) + rate(b)) / 2)
@@ -103,10 +104,10 @@ def test_the_schedule_is_three_straight_lines():
 
 def test_weight_decay_spares_biases_and_norms():
     model = t.ConvMixer(8, 2, 3, 1, 10, 1)
-    decayed, spared = t.make_optimizer(model, TINY).param_groups
+    decayed, spared = recipe.make_optimizer(model, TINY).param_groups
     assert all(p.ndim > 1 for p in decayed["params"]) and all(p.ndim == 1 for p in spared["params"])
     assert decayed["weight_decay"] == TINY.weight_decay and spared["weight_decay"] == 0
-    everything = t.make_optimizer(model, t.PRESETS["light25"]).param_groups[0]["params"]
+    everything = recipe.make_optimizer(model, recipe.PRESETS["light25"]).param_groups[0]["params"]
     assert len(everything) == len(list(model.parameters()))
 
 
@@ -114,23 +115,23 @@ def test_precision_follows_the_hardware():
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     for real, dtype in ((True, torch.bfloat16), (False, torch.float16)):
         with patch("torch.cuda.is_bf16_supported", return_value=real) as asked:
-            assert t.choose_precision(gpu) == dtype
+            assert inference.choose_precision(gpu) == dtype
         asked.assert_called_once_with(including_emulation=False)
     for flags in ((False, False), (True, False), (False, True)):
         with patch("torch.cpu._is_avx512_bf16_supported", return_value=flags[0]), \
                 patch("torch.cpu._is_amx_tile_supported", return_value=flags[1]):
-            assert t.choose_precision(cpu) == (torch.bfloat16 if any(flags) else torch.float32)
-    assert t.choose_precision(gpu, "float32") == torch.float32
+            assert inference.choose_precision(cpu) == (torch.bfloat16 if any(flags) else torch.float32)
+    assert inference.choose_precision(gpu, "float32") == torch.float32
 
 
 def test_training_works_in_bfloat16(tmp_path):
-    c = t.with_settings(TINY, {"precision": "bfloat16", "epochs": 1})
+    c = recipe.with_settings(TINY, {"precision": "bfloat16", "epochs": 1})
     assert t.train(c, "digits", tmp_path / "half", device="cpu")["precision"] == "bfloat16"
 
 
 @pytest.mark.parametrize("name", ["paper200", "light100"])
 def test_the_full_recipes_train(name, tmp_path):
-    c = t.with_settings(t.PRESETS[name], dict(dim=8, depth=1, kernel_size=3, patch_size=4, epochs=1, batch_size=16,
+    c = recipe.with_settings(recipe.PRESETS[name], dict(dim=8, depth=1, kernel_size=3, patch_size=4, epochs=1, batch_size=16,
                                               limit=32, image_size=32, depthwise="library"))
     assert 0 <= t.train(c, "digits", tmp_path / name, device="cpu")["test_accuracy"] <= 100
 
@@ -144,23 +145,23 @@ def test_an_epoch_sees_every_image_once_and_each_epoch_another_order():
 
 def test_statistics_are_those_of_the_pixels():
     images = torch.randint(0, 256, (50, 3, 6, 6), dtype=torch.uint8, generator=keyed_generator(1))
-    stats, plain = t.statistics(images), images.double() / 255
+    stats, plain = inference.statistics(images), images.double() / 255
     assert stats.mean == pytest.approx(plain.mean((0, 2, 3)).tolist(), abs=1e-12)
     assert stats.std == pytest.approx(plain.std((0, 2, 3), correction=0).tolist(), abs=1e-12)
 
 
 def test_score_counts_every_image_whatever_the_batch(finished):
     out, record, _ = finished
-    model, info = t.load_run(out)
+    model, info = inference.load_run(out)
     data = load_images("digits", "test")
-    results = [t.score(model, data, info.stats, batch) for batch in (1000, 7)]
+    results = [inference.score(model, data, info.stats, batch) for batch in (1000, 7)]
     assert results[0]["confusion"] == results[1]["confusion"]
     assert sum(map(sum, results[1]["confusion"])) == len(data) == results[1]["images"]
     assert not model.training
 
 
 def test_a_loss_that_is_no_number_stops_the_run_with_a_sentence(tmp_path):
-    c = t.with_settings(TINY, {"clip": 0})
+    c = recipe.with_settings(TINY, {"clip": 0})
     broken = torch.tensor(float("nan"))
     with patch.object(t, "train_step", return_value=broken):
         with pytest.raises(t.TrainingError, match="nan in epoch 1, step 1.*lower lr"):
@@ -179,12 +180,12 @@ def test_folders_that_cannot_be_used(folder, message, tmp_path):
 @pytest.mark.parametrize("change, message", [({"lr": 0.5}, "lr .0.02 there, 0.5 now"), ({"limit": 200}, "limit")])
 def test_resume_refuses_another_recipe(finished, change, message):
     with pytest.raises(ValueError, match=message):
-        t.train(t.with_settings(TINY, change), "digits", finished[0], resume=True, device="cpu")
+        t.train(recipe.with_settings(TINY, change), "digits", finished[0], resume=True, device="cpu")
 
 
 def test_patches_larger_than_the_image_and_unknown_devices_are_refused(tmp_path):
     with pytest.raises(ValueError, match="larger than the images"):
-        t.train(t.with_settings(TINY, {"patch_size": 9}), "digits", tmp_path / "a", device="cpu")
+        t.train(recipe.with_settings(TINY, {"patch_size": 9}), "digits", tmp_path / "a", device="cpu")
     with pytest.raises(ValueError, match="device 'abacus'"):
         t.train(TINY, "digits", tmp_path / "a", device="abacus")
     assert not (tmp_path / "a").exists()
@@ -192,19 +193,19 @@ def test_patches_larger_than_the_image_and_unknown_devices_are_refused(tmp_path)
 
 def test_a_run_that_is_not_one_is_refused(finished, tmp_path):
     with pytest.raises(ValueError, match="config.json is missing"):
-        t.load_run(tmp_path)
+        inference.load_run(tmp_path)
     out = tmp_path / "copy"
     out.mkdir()
     for name in ("config.json", "model.safetensors"):
         (out / name).write_bytes((finished[0] / name).read_bytes())
     (out / "config.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"):
-        t.load_run(out)
+        inference.load_run(out)
     old = json.loads((finished[0] / "config.json").read_text())
     old["config"]["dim"] = 16
     (out / "config.json").write_text(json.dumps(old))
     with pytest.raises(ValueError, match="does not fit"):
-        t.load_run(out)
+        inference.load_run(out)
 
 
 def test_train_and_test_with_other_classes_are_refused(tmp_path):
@@ -218,12 +219,12 @@ def test_train_and_test_with_other_classes_are_refused(tmp_path):
 
 def test_compiled_blocks_train_like_plain_ones(tmp_path):
     data = load_images("digits", limit=64)
-    c = t.with_settings(TINY, {"compile": True, "limit": 64})
-    stats = t.statistics(data.images)
+    c = recipe.with_settings(TINY, {"compile": True, "limit": 64})
+    stats = inference.statistics(data.images)
     losses = []
-    for config in (c, t.with_settings(c, {"compile": False})):
+    for config in (c, recipe.with_settings(c, {"compile": False})):
         model = t.build_model(config, data, torch.device("cpu")).train()
-        optimizer = t.make_optimizer(model, config)
+        optimizer = recipe.make_optimizer(model, config)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         x, y = t.make_batch(data.images, data.labels, 10, stats, config, 0, 0)
         losses.append([float(t.train_step(model, optimizer, scaler, x, y, config, torch.float32)) for _ in range(3)])
