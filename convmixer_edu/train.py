@@ -288,6 +288,7 @@ def _tell(run: Run, report, epoch, step, loss):
         report({"event": "step", "epoch": epoch + 1, "epochs": run.c.epochs,
                 "step": run.done, "steps": total, "loss": float(loss),
                 "images_per_second": speed,
+                "seconds": run.seconds,
                 "seconds_left": (total - run.done) * run.batch / speed})
 
 
@@ -341,7 +342,7 @@ def train(
         _loop(run, report, stop)
     return _finish(run, test, report)
 
-# %% ../nbs/06_training.ipynb #096ecd85
+# %% ../nbs/06_training.ipynb #f0a2719c
 def _check_data(c, data, test):
     "What must be true of the data before anything is built"
     if data.classes != test.classes:
