@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
-from convmixer_edu.ledger import recorded, results_folder
 from convmixer_edu.inference import load_run
+from convmixer_edu.ledger import recorded, results_folder
 from convmixer_edu.visualize import PALETTE, axes
 
-RUN = "quick-seed0"
+RUN = "quick8-covariance-seed0"
 INK = "#7d8590"  # legible on white and on black
 
 

@@ -324,11 +324,16 @@ def _clock(seconds):
             else f"{minutes}:{seconds:02}")
 
 
-def _facts(loss, accuracy, step):
-    "Loss, accuracy if any is known, speed, time left"
+def _facts(loss, accuracy, step, price):
+    "Loss, accuracy and bill if known, speed, time left"
     known = "" if accuracy is None else f"accuracy {accuracy:.1f} %  "
+    paid = ""
+    if price:
+        from convmixer_edu.watch import bill
+        so_far, all_ = bill(step["seconds"], step["seconds_left"], price)
+        paid = f"  {so_far:.2f} of {all_:.2f} spent"
     return (f"loss {loss:.3f}  {known}{step['images_per_second']:,.0f} "
-            f"images/s  {_clock(step['seconds_left'])} left")
+            f"images/s  {_clock(step['seconds_left'])} left{paid}")
 
 
 def _new_bar(console, steps):
@@ -346,7 +351,8 @@ def _new_bar(console, steps):
 class _Watch:
     "Shows a run at work: one bar on a terminal, else a line an epoch"
 
-    def __init__(self, as_json: bool):
+    def __init__(self, as_json: bool, price: float = 0.0):
+        self.price = price
         self.console = _console(sys.stderr)
         self.lines = not as_json and not self.console.is_terminal
         self.bar = self.accuracy = self.step = None
@@ -366,13 +372,34 @@ class _Watch:
             self.step = event
         else:
             self.accuracy = event.get("held_out_accuracy", self.accuracy)
-        facts = _facts(event["loss"], self.accuracy, self.step)
+        facts = _facts(event["loss"], self.accuracy, self.step, self.price)
         if self.console.is_terminal:
             self.bar = self.bar or _new_bar(self.console, event["steps"])
             self.bar.update(self.bar.task_ids[0], description=facts,
                             completed=self.step["step"], epoch=epoch)
         elif self.lines and event["event"] == "epoch":
             print(f"{epoch}  {facts}", flush=True)
+
+# %% ../nbs/11_command_line.ipynb #84dcf7c1
+class _Files:
+    "Writes what --tensorboard and --profile ask for, from the first event"
+
+    def __init__(self, out, tensorboard: bool, profile: bool):
+        self.out, self.watchers = out, None
+        self.tensorboard, self.profile = tensorboard, profile
+
+    def __call__(self, event):
+        if self.watchers is None:
+            self.watchers = self.begin()
+        for watcher in self.watchers:
+            watcher(event)
+
+    def begin(self):
+        if not (self.tensorboard or self.profile):
+            return []
+        from convmixer_edu.watch import TensorBoard, Trace
+        made = [TensorBoard(self.out / "tensorboard")] * self.tensorboard
+        return made + [Trace(self.out / "trace.json")] * self.profile
 
 # %% ../nbs/11_command_line.ipynb #f246b2fe
 @app.command("train")
@@ -398,6 +425,13 @@ def train_command(
     pairs: Annotated[list[str] | None, typer.Option(
         "--set", metavar="KEY=VALUE", help="Change one setting of the "
         "recipe; may be given again.")] = None,
+    price: Annotated[float, typer.Option(
+        min=0, help="What an hour costs; shows the bill.")] = 0.0,
+    tensorboard: Annotated[bool, typer.Option(
+        "--tensorboard", help="Write scalars to DIR/tensorboard.")] = False,
+    profile: Annotated[bool, typer.Option(
+        "--profile", help="Write a trace of some steps to "
+        "DIR/trace.json.")] = False,
     as_json: Json = False,
 ) -> None:
     "Train a ConvMixer; leave a folder that tells how."
@@ -407,8 +441,9 @@ def train_command(
     config = _recipe(out, resume, preset, settings)
     if resume:
         data, device = _source_of(out, data), device or _device_of(out)
+    watchers = _Watch(as_json, price), _Files(out, tensorboard, profile)
     record = _train(config, data or _usual_source(preset), out, resume,
-                    device, as_json, ctx.obj["args"])
+                    device, watchers, ctx.obj["args"])
     if as_json:
         print(json.dumps({"run": str(out), **record}))
     else:
@@ -427,13 +462,15 @@ def _device_of(run):
     return _read_note(run, "command.json").get("device") if known else None
 
 
-def _train(config, source, out, resume, device, as_json, args):
+def _train(config, source, out, resume, device, watchers, args):
     "Call the trainer, watch it, say how it was stopped"
     from convmixer_edu.train import TrainingError, train
-    with _Watch(as_json) as watch:
+    watch, files = watchers
+    with watch:
         def report(event):  # the first one: now the folder is there
             _remember(out, args, source, device)
             watch(event)
+            files(event)
         try:
             return train(config, source, out, resume, device, report)
         except TrainingError as error:
@@ -493,15 +530,24 @@ def evaluate_command(
 # %% ../nbs/11_command_line.ipynb #aa3357d7
 @app.command("predict")
 def predict_command(
-    run: RunFolder,
-    images: Annotated[list[Path], typer.Argument(
-        metavar="IMAGE...", help="Pictures of any size and mode.")],
+    paths: Annotated[list[Path], typer.Argument(
+        metavar="[RUN] IMAGE...", help="The folder of a finished run, then "
+        "pictures of any size and mode.")],
+    pretrained: Annotated[bool, typer.Option(
+        "--pretrained", help="Ask the network that comes with the package; "
+        "no RUN then.")] = False,
     top: Annotated[int, typer.Option(
         min=1, help="So many classes for each.")] = 5,
     as_json: Json = False,
 ) -> None:
     "Say what a trained model sees in pictures."
+    from convmixer_edu.ledger import pretrained_run
+    run = pretrained_run() if pretrained else paths[0]
+    images = paths if pretrained else paths[1:]
     _check_finished(run)
+    if not images:
+        raise Failure("no picture was given: expected RUN IMAGE..., or "
+                      "--pretrained IMAGE...")
     for image in images:
         if not image.is_file():
             raise Failure(f"there is no file {image}: expected a picture")
