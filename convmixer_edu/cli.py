@@ -380,27 +380,6 @@ class _Watch:
         elif self.lines and event["event"] == "epoch":
             print(f"{epoch}  {facts}", flush=True)
 
-# %% ../nbs/11_command_line.ipynb #84dcf7c1
-class _Files:
-    "Writes what --tensorboard and --profile ask for, from the first event"
-
-    def __init__(self, out, tensorboard: bool, profile: bool):
-        self.out, self.watchers = out, None
-        self.tensorboard, self.profile = tensorboard, profile
-
-    def __call__(self, event):
-        if self.watchers is None:
-            self.watchers = self.begin()
-        for watcher in self.watchers:
-            watcher(event)
-
-    def begin(self):
-        if not (self.tensorboard or self.profile):
-            return []
-        from convmixer_edu.watch import TensorBoard, Trace
-        made = [TensorBoard(self.out / "tensorboard")] * self.tensorboard
-        return made + [Trace(self.out / "trace.json")] * self.profile
-
 # %% ../nbs/11_command_line.ipynb #f246b2fe
 @app.command("train")
 def train_command(
@@ -441,9 +420,10 @@ def train_command(
     config = _recipe(out, resume, preset, settings)
     if resume:
         data, device = _source_of(out, data), device or _device_of(out)
-    watchers = _Watch(as_json, price), _Files(out, tensorboard, profile)
+    watch = _Watch(as_json, price)
+    files = _files(out, tensorboard, profile)
     record = _train(config, data or _usual_source(preset), out, resume,
-                    device, watchers, ctx.obj["args"])
+                    device, watch, files, ctx.obj["args"])
     if as_json:
         print(json.dumps({"run": str(out), **record}))
     else:
@@ -462,15 +442,23 @@ def _device_of(run):
     return _read_note(run, "command.json").get("device") if known else None
 
 
-def _train(config, source, out, resume, device, watchers, args):
+def _files(out, tensorboard, profile):
+    "The watchers that write what --tensorboard and --profile ask for"
+    if not (tensorboard or profile):
+        return []
+    from convmixer_edu.watch import TensorBoard, Trace
+    made = [TensorBoard(out / "tensorboard")] if tensorboard else []
+    return made + ([Trace(out / "trace.json")] if profile else [])
+
+
+def _train(config, source, out, resume, device, watch, files, args):
     "Call the trainer, watch it, say how it was stopped"
     from convmixer_edu.train import TrainingError, train
-    watch, files = watchers
     with watch:
         def report(event):  # the first one: now the folder is there
             _remember(out, args, source, device)
-            watch(event)
-            files(event)
+            for tell in (watch, *files):
+                tell(event)
         try:
             return train(config, source, out, resume, device, report)
         except TrainingError as error:

@@ -3,9 +3,10 @@
 # %% auto #0
 __all__ = ['together', 'curves', 'LivePlot', 'TensorBoard', 'bill', 'Trace']
 
-# %% ../nbs/06e_watching.ipynb #7377fbb1
+# %% ../nbs/06e_watching.ipynb #42484d41
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ def together(
             watcher(event)
     return tell
 
-# %% ../nbs/06e_watching.ipynb #bf782bab
+# %% ../nbs/06e_watching.ipynb #48758fc5
 def curves(
     losses: list[tuple[int, float]],  # (step, loss)
     accuracies: list[tuple[int, float]],  # (step, per cent), may be empty
@@ -38,7 +39,7 @@ def curves(
                        for name, points in panels)
     return fig, f"A run by step: {now}."
 
-# %% ../nbs/06e_watching.ipynb #0b3125e5
+# %% ../nbs/06e_watching.ipynb #bce7cd6f
 class LivePlot:
     "Loss by step and held-out accuracy by epoch, redrawn during a run"
 
@@ -71,7 +72,7 @@ class LivePlot:
         else:
             self.place.update(picture)
 
-# %% ../nbs/06e_watching.ipynb #0937afd0
+# %% ../nbs/06e_watching.ipynb #1f23a5b3
 class TensorBoard:
     """Writes each event's numbers where TensorBoard finds them
 
@@ -79,16 +80,17 @@ class TensorBoard:
 
     def __init__(
         self,
-        folder: Path,  # for the event files, usually inside the run's folder
+        folder: Path,  # for the event files, made at the first event
     ):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
+        if find_spec("tensorboard") is None:
             raise ValueError("TensorBoard is not installed: run pip install "
-                             "tensorboard, or train without it") from None
-        self.writer, self.step = SummaryWriter(folder), 0
+                             "tensorboard, or train without it")
+        self.folder, self.writer, self.step = folder, None, 0
 
     def __call__(self, event: dict):
+        if self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+            self.writer = SummaryWriter(self.folder)
         self.step = event.get("step", self.step)
         names = {"step": ("loss", "images_per_second"),
                  "epoch": ("lr", "held_out_accuracy"),
@@ -99,7 +101,7 @@ class TensorBoard:
         if event["event"] == "done":
             self.writer.close()
 
-# %% ../nbs/06e_watching.ipynb #d1581c7b
+# %% ../nbs/06e_watching.ipynb #1a318558
 def bill(
     seconds: float,  # spent so far
     seconds_left: float,
@@ -108,7 +110,7 @@ def bill(
     "What a run has cost and will have cost"
     return seconds * price / 3600, (seconds + seconds_left) * price / 3600
 
-# %% ../nbs/06e_watching.ipynb #e27dd2f5
+# %% ../nbs/06e_watching.ipynb #f9e3229e
 class Trace:
     """Profiles some steps of a run and writes a trace of them
 
