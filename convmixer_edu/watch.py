@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['together', 'curves', 'LivePlot', 'TensorBoard', 'bill', 'Trace']
 
-# %% ../nbs/06e_watching.ipynb #42484d41
+# %% ../nbs/06e_watching.ipynb #4d3cb7a3
+import math
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -22,7 +23,7 @@ def together(
             watcher(event)
     return tell
 
-# %% ../nbs/06e_watching.ipynb #48758fc5
+# %% ../nbs/06e_watching.ipynb #d9662d7a
 def curves(
     losses: list[tuple[int, float]],  # (step, loss)
     accuracies: list[tuple[int, float]],  # (step, per cent), may be empty
@@ -39,7 +40,7 @@ def curves(
                        for name, points in panels)
     return fig, f"A run by step: {now}."
 
-# %% ../nbs/06e_watching.ipynb #bce7cd6f
+# %% ../nbs/06e_watching.ipynb #fda300bf
 class LivePlot:
     "Loss by step and held-out accuracy by epoch, redrawn during a run"
 
@@ -47,7 +48,7 @@ class LivePlot:
         self,
         every: float = 1.0,  # seconds between two drawings, at least
     ):
-        self.every, self.drawn, self.place = every, 0.0, None
+        self.every, self.drawn, self.place = every, -math.inf, None
         self.losses, self.accuracies = [], []  # (step, value) each
 
     def __call__(self, event: dict):
@@ -72,7 +73,7 @@ class LivePlot:
         else:
             self.place.update(picture)
 
-# %% ../nbs/06e_watching.ipynb #1f23a5b3
+# %% ../nbs/06e_watching.ipynb #357fe627
 class TensorBoard:
     """Writes each event's numbers where TensorBoard finds them
 
@@ -101,7 +102,7 @@ class TensorBoard:
         if event["event"] == "done":
             self.writer.close()
 
-# %% ../nbs/06e_watching.ipynb #1a318558
+# %% ../nbs/06e_watching.ipynb #9d9c094e
 def bill(
     seconds: float,  # spent so far
     seconds_left: float,
@@ -110,7 +111,7 @@ def bill(
     "What a run has cost and will have cost"
     return seconds * price / 3600, (seconds + seconds_left) * price / 3600
 
-# %% ../nbs/06e_watching.ipynb #f9e3229e
+# %% ../nbs/06e_watching.ipynb #eba3d96b
 class Trace:
     """Profiles some steps of a run and writes a trace of them
 

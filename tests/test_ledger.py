@@ -2,27 +2,41 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
 
 from convmixer_edu import ledger
+from convmixer_edu.anatomy import count_parameters
+from convmixer_edu.checkpoint import read_checkpoint
+from convmixer_edu.inference import evaluate
+from convmixer_edu.recipe import Config
+from convmixer_edu.train import train
+
+
+CONFIG = Config(dim=8, depth=2, kernel_size=3, patch_size=1, epochs=2, batch_size=64, limit=100, flip=False,
+                depthwise="library")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    run = tmp_path_factory.mktemp("ledger") / "run"
+    train(CONFIG, "digits", run, device="cpu")
+    return run
 
 
 @pytest.fixture
-def finished(tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    for name in ("config.json", "run.json"):
-        (run / name).write_text(json.dumps({"test_accuracy": 50.0}))
-    (run / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n')
-    (run / "model.safetensors").write_bytes(b"weights")
-    return run
+def finished(trained, tmp_path):
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def test_a_kept_run_reads_back(finished, tmp_path):
     ledger.keep(finished, "a", "the command", into=tmp_path / "results")
     record = ledger.recorded("a", tmp_path / "results")
-    assert record["test_accuracy"] == 50.0 and record["command"] == "the command" and len(record["metrics"]) == 2
+    told = json.loads((finished / "run.json").read_text())
+    assert record["test_accuracy"] == told["test_accuracy"] and record["command"] == "the command"
+    assert len(record["metrics"]) == 2
     assert ledger.names(tmp_path / "results") == ["a"]
     assert not (tmp_path / "results/a/model.safetensors").exists()
     with pytest.raises(ValueError, match="never written over"):
@@ -38,6 +52,26 @@ def test_any_change_breaks_the_seal(finished, tmp_path, name):
     (folder / name).unlink()
     with pytest.raises(ValueError, match="was changed"):
         ledger.recorded("a", tmp_path / "results")
+
+
+def test_kept_weights_are_half_as_large_and_the_card_says_what_they_are(finished, tmp_path):
+    folder = ledger.keep(finished, "a", "c", weights=True, into=tmp_path / "results")
+    whole, half = (read_checkpoint(f / "model.safetensors")[0] for f in (finished, folder))
+    assert whole.keys() == half.keys()
+    for name, tensor in half.items():
+        assert tensor.dtype == (torch.float16 if whole[name].is_floating_point() else torch.int64), name
+        assert torch.allclose(tensor.float(), whole[name].float(), rtol=1e-3, atol=1e-6), name
+    seen, told = evaluate(folder, "digits", device="cpu"), json.loads((finished / "run.json").read_text())
+    assert abs(seen["accuracy"] - told["test_accuracy"]) < 1
+    card = (folder / "README.md").read_text()
+    assert f"{told['test_accuracy']:.2f} %" in card and "ConvMixer-8/2, kernel 3, patch 1" in card
+    assert f"{count_parameters(8, 2, 3, 1, 10, 1):,} weights" in card and "digits" in card
+
+
+def test_the_network_that_is_given_away_is_small_and_whole():
+    run = ledger.pretrained_run()
+    assert (run / "model.safetensors").stat().st_size < 1_500_000 and (run / "README.md").exists()
+    assert ledger.recorded(ledger.PRETRAINED)["test_accuracy"] > 80
 
 
 def test_unfinished_and_unknown_runs_are_refused(finished, tmp_path):
@@ -62,8 +96,9 @@ def test_every_record_of_the_book_is_whole_and_says_what_it_was():
 
 
 def test_recorded_weights_give_the_recorded_accuracy(cifar10, tmp_path):
-    from convmixer_edu.inference import evaluate
-    name = next(n for n in ledger.names() if (ledger.results_folder() / n / "model.safetensors").exists())
-    shutil.copytree(ledger.results_folder() / name, tmp_path / name)
-    seen = evaluate(tmp_path / name, cifar10, device="cpu")
-    assert abs(seen["accuracy"] - ledger.recorded(name)["test_accuracy"]) < 0.1
+    with_weights = [n for n in ledger.names() if (ledger.results_folder() / n / "model.safetensors").exists()]
+    for name in with_weights:
+        shutil.copytree(ledger.results_folder() / name, tmp_path / name)
+        seen = evaluate(tmp_path / name, cifar10, device="cpu")
+        assert abs(seen["accuracy"] - ledger.recorded(name)["test_accuracy"]) < 0.2, name
+    assert ledger.PRETRAINED in with_weights

@@ -1,5 +1,6 @@
 """Training: the recipe, the schedule, the draws, what stops a run, and what it leaves behind."""
 
+import dataclasses
 import json
 from unittest.mock import patch
 
@@ -93,6 +94,16 @@ def test_every_preset_is_a_recipe():
     assert set(recipe.PRESETS) == {"quick", "digits", "light25", "light100", "paper200"}
     for c in recipe.PRESETS.values():
         assert recipe.with_settings(recipe.Config(), {k: str(v) for k, v in vars(c).items()}) == c
+
+
+@pytest.mark.parametrize("name", recipe.SOURCES)
+def test_every_value_of_a_published_recipe_has_a_source(name):
+    told = recipe.sources(name)
+    assert {"randaug_n", "randaug_m"} <= told.keys()
+    assert set(recipe.SOURCES[name]) <= {f.name for f in dataclasses.fields(recipe.Config)}
+    ours = {field for field, (_, source) in told.items() if source == "our choice"}
+    assert ours == ({"batch_size"} if name == "paper200" else set())
+    assert all(value == getattr(recipe.PRESETS[name], field) for field, (value, _) in told.items())
 
 
 def test_the_schedule_is_three_straight_lines():
