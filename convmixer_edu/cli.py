@@ -532,10 +532,10 @@ def predict_command(
     from convmixer_edu.ledger import pretrained_run
     run = pretrained_run() if pretrained else paths[0]
     images = paths if pretrained else paths[1:]
-    _check_finished(run)
     if not images:
         raise Failure("no picture was given: expected RUN IMAGE..., or "
                       "--pretrained IMAGE...")
+    _check_finished(run)
     for image in images:
         if not image.is_file():
             raise Failure(f"there is no file {image}: expected a picture")

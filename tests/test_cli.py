@@ -26,6 +26,7 @@ from convmixer_edu import __version__, anatomy, checkpoint, cli
 from convmixer_edu.checkpoint import read_checkpoint
 from convmixer_edu.recipe import PRESETS, Config
 
+CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 PROGRAM = Path(sys.executable).with_name("convmixer")
 TINY = ("--preset digits --device cpu --epochs 2 --set dim=8 --set depth=1 --set limit=200 --set patch_size=2 "
         "--set checkpoint_seconds=0")
@@ -310,6 +311,22 @@ def test_predict_takes_any_size_and_mode(trained, tmp_path, mode, size):
     assert sorted(best["class"] for best in seen["classes"]) == list("0123456789")
 
 
+def test_predict_with_the_network_that_comes_along(tmp_path):
+    one, two = (shlex.quote(str(picture(tmp_path / f"{n}.png"))) for n in "ab")
+    told = json.loads(works(f"predict --pretrained {one} {two} --json"))["predictions"]
+    assert [len(t["classes"]) for t in told] == [5, 5]
+    assert {c["class"] for t in told for c in t["classes"]} <= set(CIFAR10)
+
+
+def test_train_writes_what_its_watchers_see(tmp_path):
+    told = works(f"train --out run {TINY} --tensorboard --profile --price 2.5")
+    assert re.search(r"\d\.\d\d of \d\.\d\d spent", told)
+    assert json.loads(Path("run/trace.json").read_text())["traceEvents"]
+    assert [f.name for f in Path("run/tensorboard").iterdir()][0].startswith("events")
+    assert json.loads(works("train --out run --resume --json"))["steps"] == json.loads(
+        Path("run/run.json").read_text())["steps"]
+
+
 def test_predict_tells_people(trained, tmp_path):
     one, two = picture(tmp_path / "one.png"), picture(tmp_path / "two.png", "L")
     lines = works(f"predict {trained} {one} {two} --top 2").splitlines()
@@ -351,6 +368,10 @@ def test_predict_tells_people(trained, tmp_path):
     ("evaluate . --device tpu", ["no device 'tpu'"]),
     ("predict run a.png", ["run holds no run"]),
     ("predict run", ["IMAGE"]),
+    ("predict", ["IMAGE"]),
+    ("predict --pretrained", ["IMAGE"]),
+    ("predict --pretrained gone.png", ["no file gone.png"]),
+    ("train --out run --price -1", ["--price"]),
     ("predict run a.png --top 0", ["--top"]),
     ("info --dim ten", ["--dim", "integer"]),
     ("info --depth 0", ["depth", "0"]),
