@@ -206,7 +206,7 @@ def imagenet_flags(
     for name, value in values.items():
         if value is not False:
             words.append(f"--{name}")
-        if value not in (True, False):
+        if not isinstance(value, bool):
             several = value if isinstance(value, tuple) else (value,)
             words += map(str, several)
     return words
