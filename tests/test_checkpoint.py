@@ -1,19 +1,23 @@
 """Checkpoints: whole or absent, checked when read, and draws that need no saving."""
 
+import ctypes
 import errno
 import os
+import resource
 import signal
-import subprocess
-import sys
+import struct
 import time
+import warnings
 from unittest.mock import patch
 
+import forked
 import pytest
 import torch
 from torch import nn
 
-from convmixer_edu.checkpoint import (CheckpointError, collect, keyed_generator, latest, read_checkpoint, restore,
-                                      save_step, write_atomically, write_checkpoint)
+from convmixer_edu.checkpoint import (CheckpointError, Mirror, collect, copy_checked, fetch_mirror, keyed_generator, latest,
+                                      open_mirror, read_checkpoint, read_json, restore, run_files, save_step, sweep,
+                                      write_atomically, write_checkpoint)
 
 
 @pytest.fixture
@@ -64,13 +68,160 @@ def test_a_missing_file_is_named(tmp_path):
         read_checkpoint(tmp_path / "gone")
 
 
-@pytest.mark.parametrize("call", ["os.fsync", "os.replace"])
-def test_a_full_disk_keeps_what_was_there(file, call):
-    before = file.read_bytes()
-    with patch(call, side_effect=OSError(errno.ENOSPC, "No space left on device")):
-        with pytest.raises(CheckpointError, match="No space left on device"):
+@pytest.mark.parametrize("call, number", [("os.fsync", errno.ENOSPC), ("os.replace", errno.ENOSPC),
+                                          ("builtins.open", errno.EROFS)])
+def test_a_failing_write_keeps_what_was_there(file, call, number):
+    before, words = file.read_bytes(), os.strerror(number)
+    with patch(call, side_effect=OSError(number, words)):
+        with pytest.raises(CheckpointError, match=words):
             write_atomically(file, b"new")
     assert file.read_bytes() == before and os.listdir(file.parent) == [file.name]
+
+
+def attempt(folder, step, count):
+    """Save so many numbers; return the error, if there is one, and what the folder holds after."""
+    try:
+        save_step(folder, step, {"w": torch.zeros(count)}, {"step": step})
+        told = None
+    except CheckpointError as error:
+        told = str(error)
+    return told, sorted(os.listdir(folder)), latest(folder)[1]["step"]
+
+
+def on_small_disks(tell, folder):
+    """In a world of mounts of its own: a disk of 300 kB, first full, then read-only."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    user, group, new_user, new_mounts, remount = os.getuid(), os.getgid(), 0x10000000, 0x20000, 32 | 1
+    if libc.unshare(new_user | new_mounts):
+        return tell(f"no mounts of one's own here: {os.strerror(ctypes.get_errno())}")
+    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+    if libc.mount(b"disk", os.fsencode(folder), b"tmpfs", 0, b"size=300k"):
+        return tell(f"no tmpfs may be mounted here: {os.strerror(ctypes.get_errno())}")
+    tell([attempt(folder, 1, 20_000), attempt(folder, 2, 200_000), attempt(folder, 3, 20_000),
+          libc.mount(b"disk", os.fsencode(folder), b"tmpfs", remount, None), attempt(folder, 4, 20_000)])
+
+
+def test_a_disk_that_is_full_and_one_that_is_read_only(tmp_path):
+    told, code = forked.Process(on_small_disks, tmp_path).end()
+    assert code == 0
+    if isinstance(told[0], str):
+        pytest.skip(told[0])
+    first, full, again, remounted, closed = told[0]
+    names = [f"checkpoint-00000000{i}.safetensors" for i in (1, 3)]
+    assert first == (None, names[:1], 1)
+    assert "No space left on device" in full[0] and full[1:] == first[1:] and "\n" not in full[0]
+    assert again == (None, names, 3) and remounted == 0
+    assert "Read-only file system" in closed[0] and closed[1:] == again[1:]
+
+
+def with_short_files(tell, folder):
+    """Where no file may grow beyond 100 kB."""
+    save_step(folder, 1, {"w": torch.zeros(20_000)}, {"step": 1})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    tell(attempt(folder, 2, 200_000))
+
+
+def test_a_file_that_may_not_grow_is_reported_and_removed(tmp_path):
+    told, _ = forked.Process(with_short_files, tmp_path).end()
+    message, names, step = told[0]
+    assert "File too large" in message and names == ["checkpoint-000000001.safetensors"] and step == 1
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="the superuser may write to any folder: see the read-only disk")
+def test_a_folder_without_the_right_to_write(tmp_path):
+    save_step(tmp_path, 1, {"w": torch.zeros(3)}, {"step": 1})
+    tmp_path.chmod(0o500)
+    try:
+        message, names, step = attempt(tmp_path, 2, 3)
+    finally:
+        tmp_path.chmod(0o700)
+    assert "Permission denied" in message and len(names) == 1 and step == 1
+
+
+@pytest.mark.parametrize("text", [b"", b"{\"dim\": 25", b"[1, 2]", b"\xff\xfe{}"])
+def test_a_damaged_note_is_one_clear_error(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(CheckpointError, match="config.json is damaged"):
+        read_json(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match="there is no .*run.json"):
+        read_json(tmp_path / "run.json")
+
+
+@pytest.fixture
+def mirrored(tmp_path):
+    """A run's folder and a mirror that holds the same."""
+    run, drive = tmp_path / "run", tmp_path / "drive"
+    run.mkdir()
+    (run / "config.json").write_text('{"dim": 8}')
+    (run / "notes.txt").write_text("not a file of the run")
+    mirror = open_mirror(drive, run, False)
+    for step in (1, 2, 3):
+        save_step(run, step, {"w": torch.full((4,), step)}, {"step": step})
+        assert mirror.update()
+    return run, drive, mirror
+
+
+def listing(folder):
+    return {file.name: file.read_bytes() for file in run_files(folder)}
+
+
+def test_a_mirror_holds_what_the_run_holds_and_gives_it_back(mirrored, tmp_path):
+    run, drive, mirror = mirrored
+    assert listing(drive) == listing(run) and not (drive / "notes.txt").exists()
+    with patch("convmixer_edu.checkpoint.copy_checked") as copy:
+        assert mirror.update() and not copy.called  # nothing is sent twice
+    (run / "metrics.jsonl").write_text("{}\n")
+    (run / "run.json").write_text("{}")
+    for file in run.glob("checkpoint-*"):
+        file.unlink()
+    assert mirror.update() and listing(drive) == listing(run)
+    again = tmp_path / "deep" / "again"
+    assert isinstance(open_mirror(drive, again, True), Mirror) and listing(again) == listing(run)
+
+
+def test_a_fetch_that_broke_off_starts_over(mirrored, tmp_path):
+    _, drive, _ = mirrored
+    calls = []
+
+    def breaks(source, target):
+        calls.append(target.name)
+        if len(calls) == 2:
+            raise CheckpointError("the line went dead")
+        copy_checked(source, target)
+
+    with patch("convmixer_edu.checkpoint.copy_checked", breaks), pytest.raises(CheckpointError):
+        fetch_mirror(drive, tmp_path / "new")
+    assert fetch_mirror(drive, tmp_path / "new") and listing(tmp_path / "new") == listing(drive)
+
+
+def test_a_failing_mirror_warns_once_and_catches_up(mirrored):
+    run, drive, mirror = mirrored
+    def rotten(path):
+        return b"something else"
+
+    with patch("convmixer_edu.checkpoint._read_back", rotten), pytest.warns(UserWarning) as caught:
+        for step in (4, 5):
+            save_step(run, step, {"w": torch.full((4,), step)}, {"step": step})
+            assert not mirror.update()
+    assert len(caught) == 1 and "does not read back" in str(caught[0].message)
+    assert mirror.update() and listing(drive) == listing(run)
+
+
+def test_a_mirror_of_another_run_is_not_written_over(mirrored, tmp_path):
+    run, drive, _ = mirrored
+    before, other = listing(drive), tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        open_mirror(drive, other, False)
+    (other / "config.json").write_text('{"dim": 16}')
+    with pytest.raises(CheckpointError, match="holds another run"):
+        open_mirror(drive, other, True)
+    for place in (tmp_path / "no" / "drive", run):
+        with pytest.raises(CheckpointError, match="cannot be a mirror"):
+            open_mirror(place, run, True)
+    assert listing(drive) == before
 
 
 def test_a_folder_that_is_gone_gives_one_clear_error(tmp_path):
@@ -92,27 +243,41 @@ def test_only_the_last_two_stay_and_a_damaged_one_is_passed_over(tmp_path):
         latest(tmp_path)
 
 
-WRITER = """
-import sys, torch
-from convmixer_edu.checkpoint import save_step
-step = 0
-while True:
-    step += 1
-    save_step(sys.argv[1], step, {"w": torch.full((200_000,), step)}, {"step": step})
-    print(step, flush=True)
-"""
+def saving(tell, folder, mirror, diary):
+    """Save for ever, and note in a diary which step was begun and which is done."""
+    found = latest(folder)
+    step, second = found[1]["step"] if found else 0, Mirror(folder, mirror)
+    with open(diary, "wb", buffering=0) as handle:
+        while True:
+            step += 1
+            os.pwrite(handle.fileno(), struct.pack("qq", step, step - 1), 0)
+            save_step(folder, step, {"w": torch.full((100_000,), float(step))}, {"step": step})
+            os.pwrite(handle.fileno(), struct.pack("qq", step, step), 0)
+            if step == 1 or step % 4 == 0:
+                second.update()
+            tell(step)
 
 
-def test_killed_while_writing_there_is_always_one_to_go_on_from(tmp_path):
-    delays = torch.rand(6, generator=keyed_generator(1)).tolist()
-    for delay in delays:
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        told = int(writer.stdout.readline())  # at least one is whole
-        time.sleep(delay / 5)
-        writer.send_signal(signal.SIGKILL)
-        told = [told, *map(int, writer.communicate()[0].split())][-1]
-        tensors, meta = latest(tmp_path)
-        assert meta["step"] >= told and bool((tensors["w"] == meta["step"]).all())
+def test_100_kills_during_a_save_leave_a_checkpoint_that_loads(tmp_path):
+    folder, mirror, diary = tmp_path / "run", tmp_path / "mirror", tmp_path / "diary"
+    folder.mkdir(), mirror.mkdir()
+    delays = torch.rand(400, generator=keyed_generator(1)).tolist()
+    inside = torn = 0
+    while inside < 100:
+        process = forked.Process(saving, folder, mirror, diary)
+        next(iter(process))  # it is at work
+        time.sleep(delays.pop() / 40)
+        assert process.end(signal.SIGKILL)[1] == -signal.SIGKILL
+        begun, done = struct.unpack("qq", diary.read_bytes())
+        inside += begun > done
+        torn += sweep(folder) > 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # nothing damaged has to be passed over
+            for place, at_least in ((folder, done), (mirror, 1)):
+                tensors, meta = latest(place)
+                assert meta["step"] >= at_least and bool((tensors["w"] == meta["step"]).all())
+        assert len(list(folder.iterdir())) <= 3
+    assert torn >= 20, f"only {torn} kills left half a file: they came at the wrong moments"
 
 
 def test_keys_decide_the_draws_and_nothing_else_does():

@@ -1,92 +1,133 @@
-"""A run killed at any step and resumed ends with the weights of the undisturbed run, bit for bit."""
+"""A run killed at any moment and resumed ends with the weights of the undisturbed run, bit for bit."""
 
 import json
+import os
+import resource
 import signal
-import subprocess
-import sys
 import time
+from dataclasses import replace
 
+import forked
 import pytest
 import torch
 
 from convmixer_edu.checkpoint import keyed_generator, read_checkpoint
+from convmixer_edu.recipe import Config
+from convmixer_edu.train import TrainingError, train
 
-SCRIPT = """
-import sys, torch
-torch.set_num_threads(1)
-from convmixer_edu.train import Config, TrainingError, train
-c = Config(dim=8, depth=2, kernel_size=3, patch_size=1, epochs=3, batch_size=64, lr=0.02, limit=400, mixup=0.5,
-           cutmix=0.5, randaug_n=1, randaug_m=5, erase=0.25, holdout=50, checkpoint_seconds=0, depthwise="library")
-tell = lambda e: e["event"] == "step" and print(e["step"], flush=True)
-for out in sys.argv[2:]:
-    train(c, "digits", out, resume=sys.argv[1] == "resume", device="cpu", report=tell)
-"""
-STEPS = 3 * (350 // 64)
+TINY = Config(dim=8, depth=2, kernel_size=3, patch_size=1, epochs=6, batch_size=64, lr=0.02, limit=400, mixup=0.5,
+              cutmix=0.5, randaug_n=1, randaug_m=5, erase=0.25, holdout=50, checkpoint_seconds=0, depthwise="library",
+              precision="float32")
+STEPS = TINY.epochs * (350 // 64)
 
 
-def start(mode, *outs):
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, mode, *map(str, outs)], stdout=subprocess.PIPE, text=True)
+def work(tell, out, resume, **settings):
+    """Train, and tell of each event; settings that start with `full_at` fill the disk at that step."""
+    full_at = settings.pop("full_at", None)
+
+    def report(event):
+        tell(event.get("step", event["event"]))
+        if event.get("step") == full_at is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+
+    try:
+        train(replace(TINY, **settings), "digits", out, resume=resume, device="cpu", report=report)
+    except (TrainingError, ValueError) as error:
+        tell(str(error))
 
 
-def stop_after(process, step, number):
+def start(*args, **settings):
+    """Start a run in a process of its own."""
+    return forked.Process(_start, args, settings)
+
+
+def _start(tell, args, settings):
+    work(tell, *args, **settings)
+
+
+def kill_after(process, step, delay=0.0, number=signal.SIGKILL):
     """Send a signal once the run has told of a step, and a little later than that."""
-    for line in process.stdout:
-        if int(line) >= step:
+    for told in process:
+        if isinstance(told, str) and told != "epoch":
+            raise AssertionError(f"it ended before it was killed: {told}")
+        if told != "epoch" and told >= step:
             break
-    time.sleep(0.01 * (step % 3))
-    process.send_signal(number)
-    process.wait(60)
+    time.sleep(delay)
+    return process.end(number)
+
+
+def contents(out):
+    """Return all that a finished run leaves, without times."""
+    weights, _ = read_checkpoint(out / "model.safetensors")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    record = json.loads((out / "run.json").read_text())
+    told = {key: record[key] for key in ("test_accuracy", "test_loss", "test_confusion", "steps")}
+    return weights, [{k: v for k, v in line.items() if k != "seconds"} for line in lines], told
+
+
+def same(one, other):
+    (weights, *notes), (weights_too, *notes_too) = contents(one), contents(other)
+    files = [sorted(name for name in os.listdir(out) if not name.startswith(".")) for out in (one, other)]
+    assert files[0] == files[1]
+    return (notes == notes_too and weights.keys() == weights_too.keys()
+            and all(torch.equal(weights[k], weights_too[k]) for k in weights))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
-    process = start("new", out)
-    process.communicate(timeout=240)
-    assert process.returncode == 0
+    told, code = start(out, False).end()
+    assert code == 0 and told[-1] == "done" and STEPS in told
     return out
 
 
-def same(a, b):
-    (one, _), (other, _) = (read_checkpoint(f / "model.safetensors") for f in (a, b))
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-
-
-def test_killed_several_times_at_random_steps(undisturbed, tmp_path):
-    # not among the last steps: a run that has ended cannot be killed
-    steps = (torch.randperm(STEPS - 6, generator=keyed_generator(7))[:3] + 1).sort().values.tolist()
-    mode = "new"
-    for step in steps:
-        process = start(mode, tmp_path / "run")
-        stop_after(process, step, signal.SIGKILL)
-        assert process.returncode == -signal.SIGKILL
-        mode = "resume"
-    final = start("resume", tmp_path / "run")
-    rest = final.communicate(timeout=240)[0].split()
-    assert final.returncode == 0 and int(rest[0]) >= steps[-1] and int(rest[-1]) == STEPS
+@pytest.mark.parametrize("number", range(4))
+def test_killed_at_five_random_moments(undisturbed, tmp_path, number):
+    draw = keyed_generator(7, number)
+    steps = (torch.randperm(STEPS - 5, generator=draw)[:5] + 1).sort().values.tolist()
+    delays = (torch.rand(5, generator=draw) * 0.04).tolist()  # some two steps: between them, within them, in a save
+    for i, (step, delay) in enumerate(zip(steps, delays)):
+        _, code = kill_after(start(tmp_path / "run", i > 0), step, delay)
+        assert code == -signal.SIGKILL
+    rest, code = start(tmp_path / "run", True).end()
+    assert code == 0 and rest[-1] == "done" and steps[-1] <= rest[0] <= STEPS
     assert same(undisturbed, tmp_path / "run")
-    lines = [(f / "metrics.jsonl").read_text().splitlines() for f in (undisturbed, tmp_path / "run")]
-    without_time = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in each] for each in lines]
-    assert without_time[0] == without_time[1]
+
+
+def test_killed_while_it_starts_and_while_it_ends(undisturbed, tmp_path):
+    process = start(tmp_path / "run", False)
+    _, code = kill_after(process, 1)
+    assert code == -signal.SIGKILL
+    for delay in (0.02, 0.05, 0.1):  # while it imports, loads, builds
+        process = start(tmp_path / "run", True)
+        time.sleep(delay)
+        assert process.end(signal.SIGKILL)[1] == -signal.SIGKILL
+    for delay in (0.0, 0.002, 0.004, 0.008, 0.016):  # while it reads the test set, writes the result, sweeps
+        kill_after(start(tmp_path / "run", True), STEPS, delay) if not (tmp_path / "run/run.json").exists() else None
+    rest, code = start(tmp_path / "run", True).end()
+    assert code == 0
+    assert same(undisturbed, tmp_path / "run")
 
 
 def test_asked_to_stop_it_saves_says_so_and_goes_on(undisturbed, tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT.replace("checkpoint_seconds=0", "checkpoint_seconds=900"),
-                                "new", str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    stop_after(process, 5, signal.SIGTERM)
-    assert "stopped by signal 15" in process.stderr.read()
+    rest, code = kill_after(start(tmp_path / "run", False, checkpoint_seconds=900), 7, 0.01, signal.SIGTERM)
+    assert code == 0 and "stopped by signal 15" in rest[-1]
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
-    final = start("resume", tmp_path / "run")
-    assert int(final.stdout.readline()) > 5
-    final.communicate(timeout=240)
-    assert same(undisturbed, tmp_path / "run")
+    rest, code = start(tmp_path / "run", True).end()
+    assert code == 0 and 7 < rest[0] < STEPS and same(undisturbed, tmp_path / "run")
 
 
 def test_a_damaged_newest_checkpoint_costs_one_step_and_nothing_else(undisturbed, tmp_path):
-    process = start("new", tmp_path / "run")
-    stop_after(process, 6, signal.SIGKILL)
+    kill_after(start(tmp_path / "run", False), 8)
     newest = sorted((tmp_path / "run").glob("checkpoint-*"))[-1]
     newest.write_bytes(newest.read_bytes()[:-10])
-    final = start("resume", tmp_path / "run")
-    final.communicate(timeout=240)
-    assert final.returncode == 0 and same(undisturbed, tmp_path / "run")
+    rest, code = start(tmp_path / "run", True).end()
+    assert code == 0 and rest[0] == int(newest.stem.split("-")[1]) and same(undisturbed, tmp_path / "run")
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_one_error_and_loses_nothing(undisturbed, tmp_path):
+    rest, code = start(tmp_path / "run", False, full_at=9).end()
+    assert code == 0 and "could not be written" in rest[-1] and "\n" not in rest[-1]
+    assert not list((tmp_path / "run").glob(".*"))
+    rest, code = start(tmp_path / "run", True).end()
+    assert code == 0 and rest[0] == 9 and same(undisturbed, tmp_path / "run")

@@ -1,0 +1,265 @@
+"""Several processes train one network: the same batches, sums, weights and counts as one process."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from unittest.mock import patch
+
+import forked
+import pytest
+import torch
+from timm.models import create_model
+from torch import nn
+from torch.distributed import destroy_process_group
+
+from convmixer_edu import distributed as d
+from convmixer_edu.checkpoint import keyed_generator
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def together(number, work, *args):
+    """Start `work(tell, *args)` in so many processes, as torchrun would."""
+    port = free_port()
+    return [forked.Process(_one_of, number, rank, port, work, args) for rank in range(number)]
+
+
+def _one_of(tell, number, rank, port, work, args):
+    os.environ.update(WORLD_SIZE=str(number), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=port)
+    torch.set_num_threads(1)
+    work(tell, *args)
+    if d.world() > 1:
+        destroy_process_group()
+
+
+def ends(processes):
+    """Wait for processes; return what each told."""
+    return [process.end()[0] for process in processes]
+
+
+def small(extra=()):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 6, 3, padding="same"), nn.GELU(), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1), nn.GELU(),
+                         nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+
+
+def by_hand(tell, memory):
+    """Train a small network for 20 steps and tell of losses, gradients, weights and running statistics."""
+    d.setup("cpu")
+    model = d.synchronise_batchnorm(small()).to(memory_format=memory)
+    net = d.parallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    losses = []
+    for step in range(20):
+        g = keyed_generator(3, step)
+        x, y = torch.randn(24, 2, 5, 5, generator=g), torch.randint(4, (24,), generator=g)
+        x, y = (d.shard(t, d.rank(), d.world()) for t in (x, y))
+        loss = nn.functional.cross_entropy(net(x.contiguous(memory_format=memory)), y)
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 0:
+            tell([p.grad.flatten().tolist() for p in model.parameters()])
+        optimizer.step()
+        losses.append(float(d.all_sum(loss.detach()) / d.world()))
+    tell(losses)
+    tell({name: tensor.flatten().tolist() for name, tensor in model.state_dict().items()})
+
+
+@pytest.mark.parametrize("number, memory", [(2, torch.contiguous_format), (3, torch.channels_last)])
+def test_processes_by_hand_equal_one(number, memory):
+    one = ends(together(1, by_hand, memory))[0]
+    for gradients, losses, state in ends(together(number, by_hand, memory)):
+        assert all(torch.allclose(torch.tensor(a), torch.tensor(b), atol=1e-6) for a, b in zip(gradients, one[0]))
+        assert max(abs(a - b) for a, b in zip(losses, one[1], strict=True)) < 1e-5
+        assert state.keys() == one[2].keys()
+        assert state["2.num_batches_tracked"] == one[2]["2.num_batches_tracked"] == [20]
+        assert all(torch.allclose(torch.tensor(state[k]), torch.tensor(one[2][k]), atol=1e-4) for k in state)
+
+
+def asked(tell):
+    """What the smaller functions say in one of several processes."""
+    d.setup("cpu")
+    me = d.rank()
+    tell([me, d.world(), d.is_main(), d.any_of(me == 1), d.any_of(False), int(d.all_sum(torch.tensor(me + 1)))])
+    told = d.from_main(lambda: {"from": me, "tensor": torch.arange(3)})
+    tell([told["from"], told["tensor"].tolist()])
+
+    def fails():
+        raise ValueError(f"process {me} found nothing")
+
+    try:
+        d.from_main(fails)
+    except ValueError as error:
+        tell(str(error))
+
+
+def test_what_one_knows_all_know():
+    for me, told in enumerate(ends(together(3, asked))):
+        assert told[0] == [me, 3, me == 0, True, False, 6]
+        assert told[1] == [0, [0, 1, 2]]
+        assert told[2] == "process 0 found nothing"
+
+
+def test_alone_nothing_changes():
+    model = small()
+    assert d.synchronise_batchnorm(model) is model and type(model[2]) is nn.BatchNorm2d
+    assert d.parallel(model) is model and (d.rank(), d.world(), d.is_main()) == (0, 1, True)
+    assert d.setup("cuda:1") == "cuda:1" and d.setup() is None
+    x = torch.arange(5)
+    assert d.all_sum(x) is x and torch.equal(d.shard(x, 0, 1), x)
+
+
+@pytest.mark.parametrize("n, world", [(10_000, 8), (10_003, 8), (3, 4)])
+def test_shards_hold_each_row_once(n, world):
+    parts = [d.shard(torch.arange(n), r, world) for r in range(world)]
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(n))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "mps"])
+def test_a_device_that_cannot_be_shared_is_refused(device):
+    with patch.dict(os.environ, WORLD_SIZE="2", RANK="0", LOCAL_RANK="0"), patch("torch.cuda.device_count", return_value=0):
+        with pytest.raises(ValueError, match=r"expected cpu, or cuda with a GPU for each .* \(--nproc-per-node\)"):
+            d.setup(device)
+
+
+def test_synced_batchnorm_is_batchnorm_alone():
+    plain, synced = nn.BatchNorm2d(3).double(), d.SyncedBatchNorm2d(3).double()
+    for layer in (plain, synced):
+        nn.init.uniform_(layer.weight, generator=keyed_generator(1))
+        nn.init.uniform_(layer.bias, generator=keyed_generator(2))
+    for step in range(3):
+        x = torch.randn(4, 3, 5, 5, generator=keyed_generator(step), dtype=torch.float64) * 3 + 1
+        assert torch.allclose(plain(x), synced(x), rtol=1e-10)
+    for name, tensor in plain.state_dict().items():
+        assert torch.allclose(tensor, synced.state_dict()[name])
+    assert torch.allclose(plain.eval()(x), synced.eval()(x))
+    assert torch.autograd.gradcheck(synced.train(), (x[:2, :, :2, :2].clone().requires_grad_(),))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert synced.float()(x.bfloat16()).dtype == torch.bfloat16
+
+
+# The paper's own run, by timm's script
+
+TIMMS = '''
+"A stand-in for timm's train.py: its parser's flags and its calls into the library, for two steps on a CPU"
+import argparse, json
+import torch
+from timm.data import Mixup, create_dataset, create_loader, resolve_data_config
+from timm.loss import SoftTargetCrossEntropy
+from timm.models import create_model
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils import dispatch_clip_grad
+
+
+def main():
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for name in ("data-dir", "model", "opt", "sched", "aa", "remode", "interpolation"):
+        parser.add_argument(f"--{name}")
+    for name in ("batch-size", "epochs", "warmup-epochs"):
+        parser.add_argument(f"--{name}", type=int)
+    for name in ("opt-eps", "weight-decay", "clip-grad", "lr", "reprob", "mixup", "cutmix", "smoothing", "crop-pct"):
+        parser.add_argument(f"--{name}", type=float)
+    parser.add_argument("--input-size", type=int, nargs=3)
+    parser.add_argument("--scale", type=float, nargs="+")
+    parser.add_argument("--sched-on-updates", action="store_true")
+    parser.add_argument("--amp", action="store_true")
+    args = parser.parse_args()
+    args.momentum, args.min_lr, args.warmup_lr = 0.9, 0.0, 1e-5  # that script's defaults
+    model = create_model(args.model, pretrained=False, in_chans=3, num_classes=None, drop_rate=0.0, drop_path_rate=None,
+                         drop_block_rate=None, global_pool=None, bn_momentum=None, bn_eps=None, scriptable=False,
+                         checkpoint_path="")
+    config = resolve_data_config(vars(args), model=model)
+    optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args))
+    data = create_dataset("", root=args.data_dir, split="train", is_training=True, batch_size=args.batch_size)
+    mixup = Mixup(mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, label_smoothing=args.smoothing,
+                  num_classes=model.num_classes)
+    loader = create_loader(data, input_size=config["input_size"], batch_size=args.batch_size, is_training=True,
+                           use_prefetcher=False, re_prob=args.reprob, re_mode=args.remode, scale=args.scale,
+                           auto_augment=args.aa, interpolation="random", mean=config["mean"], std=config["std"],
+                           num_workers=0, device=torch.device("cpu"), persistent_workers=False)
+    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=len(loader))
+    done, rates, losses = 0, [], []
+    for epoch in range(epochs):
+        for x, y in loader:
+            rates.append(optimizer.param_groups[0]["lr"])
+            x, y = mixup(x, y)
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.amp):
+                loss = SoftTargetCrossEntropy()(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            dispatch_clip_grad(model.parameters(), value=args.clip_grad, mode="norm")
+            optimizer.step()
+            done += 1
+            losses.append(loss.item())
+            scheduler.step_update(num_updates=done)
+        scheduler.step(epoch + 1)
+    print(json.dumps({"rates": rates, "losses": losses, "config": config, "classes": model.num_classes,
+                      "parameters": sum(p.numel() for p in model.parameters()), "epochs": epochs,
+                      "groups": [{k: g[k] for k in ("weight_decay", "eps")} for g in optimizer.param_groups]}))
+
+
+if __name__ == "__main__":
+    main()
+'''
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    """An image folder of two classes with four pictures each, and the scripts beside each other."""
+    from PIL import Image
+    root = tmp_path_factory.mktemp("imagenet")
+    for split in ("train", "validation"):
+        for label in ("cat", "dog"):
+            (root / "data" / split / label).mkdir(parents=True)
+            for i in range(4):
+                pixels = torch.randint(256, (64, 80, 3), generator=keyed_generator(i, len(split), len(label)))
+                Image.fromarray(pixels.byte().numpy()).save(root / "data" / split / label / f"{i}.png")
+    (root / "train.py").write_text(TIMMS)
+    (root / "train_convmixer.py").write_text(d.TIMM_RUNNER)
+    return root
+
+
+def run_timms(root, *words):
+    done = subprocess.run([sys.executable, "train_convmixer.py", "--data-dir", "data", *words], cwd=root, text=True,
+                          capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_papers_flags_train_two_steps_by_timms_pieces(imagenet):
+    flags = d.imagenet_flags(batch_size=4, epochs=1, model="convmixer_edu_512_12")  # small enough for a test
+    told = run_timms(imagenet, *flags, "--input-size", "3", "28", "28")
+    assert len(told["losses"]) == 2 and all(loss == loss for loss in told["losses"])
+    assert told["rates"] == pytest.approx([0.01 - 0.1 / 0.4 * 0.0095, 0.0])  # half of the way, and the end
+    assert told["parameters"] == 4_165_608 and told["classes"] == 1000 and told["epochs"] == 1
+    assert told["config"]["crop_pct"] == 0.96 and told["config"]["interpolation"] == "bicubic"
+    assert sorted(group["weight_decay"] for group in told["groups"]) == [0, 2e-5]
+    assert {group["eps"] for group in told["groups"]} == {1e-3}
+
+
+def test_the_papers_model_is_in_timms_registry():
+    import convmixer_edu.model  # noqa: F401
+    with torch.device("meta"):
+        model = create_model(d.IMAGENET_FLAGS["model"][0])
+    assert sum(p.numel() for p in model.parameters()) == 51_625_960
+    assert model.default_cfg["crop_pct"] == d.IMAGENET_FLAGS["crop-pct"][0]
+    assert model.default_cfg["interpolation"] == d.IMAGENET_FLAGS["interpolation"][0]
+    assert d.IMAGENET_FLAGS["batch-size"][0] * d.IMAGENET_GPUS[0] == 640  # setup-batch
+
+
+def test_flags_can_be_changed_and_unknown_ones_are_named():
+    words = d.imagenet_flags(epochs=300, model="convmixer_edu_768_32", amp=False)
+    assert "--amp" not in words and words[words.index("--epochs") + 1] == "300"
+    assert words[words.index("--clip-grad") + 1] == "1.0" and words[words.index("--warmup-epochs") + 1] == "0"
+    assert words[words.index("--scale"):][:3] == ["--scale", "0.08", "1.0"]
+    with pytest.raises(ValueError, match="there is no flag 'learning-rate'"):
+        d.imagenet_flags(learning_rate=1)
