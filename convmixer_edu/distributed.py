@@ -161,7 +161,7 @@ def parallel(
     "Average the gradients over all processes; alone, the model itself"
     if world() == 1:
         return model
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(model)
 
 # %% ../nbs/06d_scaling.ipynb #b11c9f90
 IMAGENET_FLAGS = {  # flag of timm's train.py: (value, id in claims.csv)
