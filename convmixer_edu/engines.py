@@ -3,9 +3,11 @@
 # %% auto #0
 __all__ = ['ENGINES', 'Engine', 'Batched', 'pil_transform', 'Timm', 'make_engine', 'stream']
 
-# %% ../nbs/05b_engines.ipynb #3fc71091
+# %% ../nbs/05b_engines.ipynb #43fb793f
 import random
+from contextlib import suppress
 from dataclasses import replace
+from os.path import isdir
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from .augment import Augment, normalize
 from .checkpoint import keyed_generator
 from .data import ImageSet
 
-# %% ../nbs/05b_engines.ipynb #00f4099b
+# %% ../nbs/05b_engines.ipynb #ab242d9b
 class Engine:
     "From an image set in memory to what the model sees, step by step."
 
@@ -60,7 +62,7 @@ class Engine:
         return self.augment.mixed(x, self.labels[at],
                                   len(self.data.classes), g)
 
-# %% ../nbs/05b_engines.ipynb #21d66bd2
+# %% ../nbs/05b_engines.ipynb #4d94780b
 class Batched(Engine):
     "The images stay on the device and whole batches are changed there."
 
@@ -81,7 +83,7 @@ class Batched(Engine):
                                   epoch)
             yield self._finish(images, at, g)
 
-# %% ../nbs/05b_engines.ipynb #f321e7d8
+# %% ../nbs/05b_engines.ipynb #61f5591d
 def pil_transform(
     augment: Augment,
     size: tuple[int, int],  # (height, width) of the result, pixels
@@ -116,7 +118,7 @@ def pil_transform(
         more.append(transforms.ColorJitter(*[augment.jitter] * 3))
     return transforms.Compose([*chain[:-1], *more, chain[-1]])
 
-# %% ../nbs/05b_engines.ipynb #6eb88cc0
+# %% ../nbs/05b_engines.ipynb #9cec89fa
 class _Pictures:
     "The images as a data set whose items are named (epoch, index)."
 
@@ -154,7 +156,7 @@ class _Pictures:
         pixels = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
         return self.make[side](Image.fromarray(pixels.numpy()))
 
-# %% ../nbs/05b_engines.ipynb #f24efc7a
+# %% ../nbs/05b_engines.ipynb #3f9fdf73
 class Timm(Engine):
     "timm's Pillow pipeline, run by worker processes: the paper's own way."
 
@@ -178,7 +180,7 @@ class Timm(Engine):
             yield self._finish(self._send(images), self._send(index),
                                self._generator(epoch, step))
 
-# %% ../nbs/05b_engines.ipynb #ef2c5937
+# %% ../nbs/05b_engines.ipynb #48f1270e
 ENGINES = {"batched": Batched, "timm": Timm}
 
 
@@ -193,7 +195,7 @@ def make_engine(
                          f"{', '.join(ENGINES)}")
     return ENGINES[name](*args, **options)
 
-# %% ../nbs/05b_engines.ipynb #f0ac86ce
+# %% ../nbs/05b_engines.ipynb #e1471b14
 def stream(
     folder,  # with a folder of images for each class, or such in train/
     augment: Augment,
@@ -212,12 +214,11 @@ def stream(
     repeated by a resumed run. Raises ValueError for a folder without enough
     images.
     """
-    try:
-        split = "train" if training else "val"
-        files = create_dataset("", str(folder), split=split)
-        found = len(files)
-    except (RuntimeError, OSError):
-        found = 0
+    found, split = 0, "train" if training else "val"
+    with suppress(RuntimeError):  # timm found no image at all
+        if isdir(folder):
+            files = create_dataset("", str(folder), split=split)
+            found = len(files)
     if found < (batch_size if training else 1):
         raise ValueError(f"{folder} holds {found} images in class folders, "
                          f"expected a batch of {batch_size} or more: give "
