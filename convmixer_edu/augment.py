@@ -67,7 +67,7 @@ def _mirror(images, which):
     which = _send(which, images)[:, None, None, None]
     return images.flip(-1).where(which, images)
 
-# %% ../nbs/05_augment.ipynb #b1239a98
+# %% ../nbs/05_augment.ipynb #b0730995
 def alternating_flip(
     images: Tensor,  # (B, C, H, W), uint8 or float
     coins: Tensor,  # bool (B,), on the CPU: each image's, the same all run
@@ -91,14 +91,12 @@ def _first_fit(area, ratio, height, width, generator, count, strict):
     h, w = (target / shape).sqrt().round(), (target * shape).sqrt().round()
     fits = (h <= height - strict) & (w <= width - strict) & (h > 0) & (w > 0)
     first = fits.double().argmax(1, keepdim=True)
-    pick = [t.gather(1, first)[:, 0] for t in (h, w, fits)]
-    return pick[0], pick[1], pick[2]
+    return [t.gather(1, first)[:, 0] for t in (h, w, fits)]
 
 
 def _place(size, most, generator):
     "A random offset, so that `size` still ends within `most`."
-    free = _uniform(generator, len(size)) * (most - size + 1)
-    return free.floor()
+    return (_uniform(generator, len(size)) * (most - size + 1)).floor()
 
 # %% ../nbs/05_augment.ipynb #85e7407d
 def random_resized_crop(
@@ -121,18 +119,19 @@ def random_resized_crop(
     h, w, fits = _first_fit(scale, ratio, height, width, generator, b, 0)
     whole_h = min(height, round(width / ratio[0]))
     whole_w = min(width, round(height * ratio[1]))
-    h, w = h.where(fits, whole_h), w.where(fits, whole_w)
-    top, left = (_place(h, height, generator), _place(w, width, generator))
-    top = top.where(fits, (height - whole_h) // 2)
-    left = left.where(fits, (width - whole_w) // 2)
+    whole = torch.tensor([whole_h, whole_w, (height - whole_h) // 2,
+                          (width - whole_w) // 2], dtype=h.dtype)
+    box = torch.stack([h, w, _place(h, height, generator),
+                       _place(w, width, generator)])
+    h, w, top, left = box.where(fits, whole[:, None])
     y, x = _line(top, h, height), _line(left, w, width)  # (B, H), (B, W)
     grid = _send(torch.cat([x, y], 1), images)
     grid = torch.stack([grid[:, None, :width].expand(-1, height, -1),
                         grid[:, width:, None].expand(-1, -1, width)], -1)
     out = F.grid_sample(images.float(), grid,  # (B, H, W, 2)
                         padding_mode="border", align_corners=False)
-    return out.round_().to(images.dtype) if images.dtype == torch.uint8 \
-        else out.to(images.dtype)
+    out = out.round_() if images.dtype == torch.uint8 else out
+    return out.to(images.dtype)
 
 # %% ../nbs/05_augment.ipynb #4abf74c2
 def _line(start, size, length):

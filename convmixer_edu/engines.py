@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['ENGINES', 'Engine', 'Batched', 'pil_transform', 'Timm', 'make_engine', 'stream']
 
-# %% ../nbs/05b_engines.ipynb #43fb793f
+# %% ../nbs/05b_engines.ipynb #138315fd
 import random
 from contextlib import suppress
 from dataclasses import replace
@@ -21,7 +21,7 @@ from .augment import Augment, normalize
 from .checkpoint import keyed_generator
 from .data import ImageSet
 
-# %% ../nbs/05b_engines.ipynb #ab242d9b
+# %% ../nbs/05b_engines.ipynb #586ee0e2
 class Engine:
     "From an image set in memory to what the model sees, step by step."
 
@@ -62,7 +62,7 @@ class Engine:
         return self.augment.mixed(x, self.labels[at],
                                   len(self.data.classes), g)
 
-# %% ../nbs/05b_engines.ipynb #4d94780b
+# %% ../nbs/05b_engines.ipynb #f8092693
 class Batched(Engine):
     "The images stay on the device and whole batches are changed there."
 
@@ -83,7 +83,7 @@ class Batched(Engine):
                                   epoch)
             yield self._finish(images, at, g)
 
-# %% ../nbs/05b_engines.ipynb #61f5591d
+# %% ../nbs/05b_engines.ipynb #12f803c1
 def pil_transform(
     augment: Augment,
     size: tuple[int, int],  # (height, width) of the result, pixels
@@ -118,7 +118,7 @@ def pil_transform(
         more.append(transforms.ColorJitter(*[augment.jitter] * 3))
     return transforms.Compose([*chain[:-1], *more, chain[-1]])
 
-# %% ../nbs/05b_engines.ipynb #9cec89fa
+# %% ../nbs/05b_engines.ipynb #712e6c24
 class _Pictures:
     "The images as a data set whose items are named (epoch, index)."
 
@@ -156,7 +156,7 @@ class _Pictures:
         pixels = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
         return self.make[side](Image.fromarray(pixels.numpy()))
 
-# %% ../nbs/05b_engines.ipynb #3f9fdf73
+# %% ../nbs/05b_engines.ipynb #2e95d07c
 class Timm(Engine):
     "timm's Pillow pipeline, run by worker processes: the paper's own way."
 
@@ -180,7 +180,7 @@ class Timm(Engine):
             yield self._finish(self._send(images), self._send(index),
                                self._generator(epoch, step))
 
-# %% ../nbs/05b_engines.ipynb #48f1270e
+# %% ../nbs/05b_engines.ipynb #dfc03b1b
 ENGINES = {"batched": Batched, "timm": Timm}
 
 
@@ -195,7 +195,7 @@ def make_engine(
                          f"{', '.join(ENGINES)}")
     return ENGINES[name](*args, **options)
 
-# %% ../nbs/05b_engines.ipynb #e1471b14
+# %% ../nbs/05b_engines.ipynb #2d7ebe0a
 def stream(
     folder,  # with a folder of images for each class, or such in train/
     augment: Augment,
