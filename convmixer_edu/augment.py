@@ -67,7 +67,7 @@ def _mirror(images, which):
     which = _send(which, images)[:, None, None, None]
     return images.flip(-1).where(which, images)
 
-# %% ../nbs/05_augment.ipynb #b0730995
+# %% ../nbs/05_augment.ipynb #ac6cdf50
 def alternating_flip(
     images: Tensor,  # (B, C, H, W), uint8 or float
     coins: Tensor,  # bool (B,), on the CPU: each image's, the same all run

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['ENGINES', 'Engine', 'Batched', 'pil_transform', 'Timm', 'make_engine', 'stream']
 
-# %% ../nbs/05b_engines.ipynb #2da522a7
+# %% ../nbs/05b_engines.ipynb #ee98385e
 import random
 from contextlib import suppress
 from dataclasses import replace
@@ -21,7 +21,7 @@ from .augment import Augment, normalize
 from .checkpoint import keyed_generator
 from .data import ImageSet
 
-# %% ../nbs/05b_engines.ipynb #936f0f01
+# %% ../nbs/05b_engines.ipynb #3ff6be36
 class Engine:
     "From an image set in memory to what the model sees, step by step."
 
@@ -62,7 +62,7 @@ class Engine:
         return self.augment.mixed(x, self.labels[at],
                                   len(self.data.classes), g)
 
-# %% ../nbs/05b_engines.ipynb #e9b9e431
+# %% ../nbs/05b_engines.ipynb #e2e3e63e
 class Batched(Engine):
     "The images stay on the device and whole batches are changed there."
 
@@ -83,7 +83,7 @@ class Batched(Engine):
                                   epoch)
             yield self._finish(images, at, g)
 
-# %% ../nbs/05b_engines.ipynb #807e6f1b
+# %% ../nbs/05b_engines.ipynb #d653edc3
 def pil_transform(
     augment: Augment,
     size: tuple[int, int],  # (height, width) of the result, pixels
@@ -118,7 +118,7 @@ def pil_transform(
         more.append(transforms.ColorJitter(*[augment.jitter] * 3))
     return transforms.Compose([*chain[:-1], *more, chain[-1]])
 
-# %% ../nbs/05b_engines.ipynb #9af3bca0
+# %% ../nbs/05b_engines.ipynb #27260015
 class _Pictures:
     "The images as a data set whose items are named (epoch, index)."
 
@@ -156,7 +156,7 @@ class _Pictures:
         pixels = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
         return self.make[side](Image.fromarray(pixels.numpy()))
 
-# %% ../nbs/05b_engines.ipynb #2a1fc85a
+# %% ../nbs/05b_engines.ipynb #ea886ebc
 class Timm(Engine):
     "timm's Pillow pipeline, run by worker processes: the paper's own way."
 
@@ -180,7 +180,7 @@ class Timm(Engine):
             yield self._finish(self._send(images), self._send(index),
                                self._generator(epoch, step))
 
-# %% ../nbs/05b_engines.ipynb #57d1e1eb
+# %% ../nbs/05b_engines.ipynb #8ff12948
 ENGINES = {"batched": Batched, "timm": Timm}
 
 
@@ -195,7 +195,7 @@ def make_engine(
                          f"{', '.join(ENGINES)}")
     return ENGINES[name](*args, **options)
 
-# %% ../nbs/05b_engines.ipynb #956daf0a
+# %% ../nbs/05b_engines.ipynb #6f395423
 def stream(
     folder,  # with a folder of images for each class, or such in train/
     augment: Augment,
