@@ -1,6 +1,5 @@
 """Augmentation: every operation against Pillow, timm and torchvision, and the draws themselves."""
 
-import inspect
 import math
 import random
 
@@ -12,6 +11,7 @@ from PIL import Image
 from scipy.stats import chisquare
 from sklearn.datasets import load_sample_images
 from timm.data import auto_augment as paper
+from timm.data import create_transform
 from timm.data.mixup import mixup_target
 from torch.nn import functional as F
 from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop
@@ -22,18 +22,17 @@ from convmixer_edu.augment import (
     OPS,
     POLICIES,
     Augment,
+    alternating_flip,
     apply_ops,
     color_jitter,
     draw_ops,
     mix,
     normalize,
-    paper_transform,
     rand_augment,
     random_erasing,
     random_flip,
     random_resized_crop,
 )
-from convmixer_edu.data import CIFAR10_MEAN, CIFAR10_STD
 
 FILL = (125, 123, 114)  # grey values
 
@@ -306,6 +305,25 @@ def test_flip_mirrors_about_half(tiles):
     assert abs(mirrored.double().mean() - 0.5) < 0.04
 
 
+def test_alternating_flip_shows_both_sides_in_turn(tiles):
+    many = tiles[:1].expand(1000, -1, -1, -1)
+    coins = torch.rand(1000, generator=rng()) < 0.5
+    epochs = [alternating_flip(many, coins, epoch) for epoch in range(4)]
+    for before, after in zip(epochs, epochs[1:]):
+        assert torch.equal(before, after.flip(-1))
+    assert torch.equal(epochs[0], epochs[2])
+    mirrored = (epochs[0] == many.flip(-1)).flatten(1).all(1)
+    assert torch.equal(mirrored, coins) and abs(mirrored.double().mean() - 0.5) < 0.06
+
+
+def test_alternating_is_off_unless_asked_for(tiles):
+    assert not Augment().alternating
+    coins = torch.ones(len(tiles), dtype=torch.bool)
+    assert torch.equal(Augment(alternating=True)(tiles, None, coins, 0), tiles.flip(-1))
+    assert torch.equal(Augment(alternating=True)(tiles, None, coins, 1), tiles)
+    assert torch.equal(Augment(flip=False, alternating=True)(tiles, None, coins, 0), tiles)
+
+
 # ---------------------------------------------------------------- jitter
 
 
@@ -400,27 +418,7 @@ def test_mix_off_is_smoothing_alone():
     assert torch.allclose(F.cross_entropy(logits, targets), expected)
 
 
-# ---------------------------------------------------------------- the paper's own
-
-
-@pytest.mark.parametrize("mode, channels", [("RGB", 3), ("L", 1)])
-def test_paper_transform(mode, channels):
-    steps = paper_transform(32, (0.5,) * channels, (0.25,) * channels)
-    names = [type(step).__name__ for step in steps.transforms]
-    assert names == ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "RandAugment", "MaybeToTensor",
-                     "Normalize", "RandomErasing"]
-    crop, _, randaug, *_, erasing = steps.transforms
-    assert crop.scale == (0.75, 1.0) and randaug.num_layers == 2
-    op = randaug.ops[0]
-    assert (op.magnitude, op.magnitude_std, op.prob) == (9, 0.5, 0.5)
-    assert erasing.probability == 0.25 and erasing.per_pixel
-    out = steps(Image.new(mode, (40, 36), 100 if channels == 1 else (9, 99, 199)))
-    assert out.shape == (channels, 32, 32) and out.dtype == torch.float32
-
-
-def test_paper_transform_knows_cifar10():
-    defaults = inspect.signature(paper_transform).parameters
-    assert (defaults["mean"].default, defaults["std"].default) == (CIFAR10_MEAN, CIFAR10_STD)
+# ---------------------------------------------------------------- the whole recipe
 
 
 def test_the_whole_recipe_spreads_like_timms(tiles):
@@ -428,7 +426,9 @@ def test_the_whole_recipe_spreads_like_timms(tiles):
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed(0)
     mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-    theirs = torch.stack([paper_transform(32, mean, std)(to_pil(t)) for t in tiles for _ in range(6)])
+    transform = create_transform(32, is_training=True, scale=(0.75, 1.0), interpolation="random", mean=mean, std=std,
+                                 auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, re_mode="pixel")
+    theirs = torch.stack([transform(to_pil(t)) for t in tiles for _ in range(6)])
     recipe = Augment(0.75, randaug_n=2, randaug_m=9, randaug_spread=0.5, randaug_policy="timm", erase=0.25)
     g = rng()
     ours = recipe.erasing(normalize(recipe(tiles.repeat_interleave(6, 0), g), mean, std), g)
@@ -457,6 +457,8 @@ BAD = {
     "mix type": (lambda x: mix(x, torch.zeros(len(x)).long(), 3, 0.5), "expected floats"),
     "mix labels": (lambda x: mix(x.float(), torch.zeros(2).long(), 3, 0.5), "one an image"),
     "smoothing": (lambda x: mix(x.float(), torch.zeros(len(x)).long(), 3, smoothing=3), "smoothing is 3"),
+    "coins": (lambda x: alternating_flip(x, torch.ones(3), 0), "coins are (torch.float32, 3)"),
+    "no coins": (lambda x: Augment(alternating=True)(x), "coins are None"),
     "Augment": (lambda x: Augment(crop_scale=2.0), "crop_scale is 2.0"),
     "Augment m": (lambda x: Augment(randaug_n=1, randaug_m=31), "expected 0 to 30"),
     "Augment mode": (lambda x: Augment(erase_mode="x"), "erase_mode is 'x'"),

@@ -1,0 +1,359 @@
+"""The two engines: the same recipe, repeatable from anywhere, and nothing that makes a device wait."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.autoaugment as light
+from PIL import Image
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torchvision.transforms import ColorJitter
+
+from convmixer_edu.augment import Augment, mix, normalize
+from convmixer_edu.checkpoint import keyed_generator
+from convmixer_edu.data import ImageSet
+from convmixer_edu.engines import ENGINES, Batched, Timm, make_engine, pil_transform, stream
+
+MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.25, 0.3)
+PAPER = Augment(0.75, randaug_n=2, randaug_m=9, randaug_spread=0.5, randaug_policy="timm", erase=0.25,
+                mixup=0.5, cutmix=0.5, smoothing=0.1)
+LIGHT = Augment(0.75, (1, 1), randaug_n=2, randaug_m=12, jitter=0.2, erase=0.2, erase_mode="const")
+PLAIN = Augment(flip=False)
+
+
+@pytest.fixture(scope="module")
+def data():
+    """60 pictures of 16 by 20, smooth ones, in 4 classes."""
+    noise = torch.rand(60, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    images = F.interpolate(noise, (16, 20), mode="bicubic").clamp(0, 1)
+    return ImageSet((images * 255).byte(), torch.arange(60) % 4, ("a", "b", "c", "d"))
+
+
+def make(name, data, augment=PAPER, seed=5, **options):
+    return make_engine(name, data, augment, MEAN, STD, seed, **options)
+
+
+def steps_of(data, size=16, epoch=0):
+    order = torch.randperm(len(data), generator=keyed_generator(epoch))
+    return list(enumerate(order.split(size)))
+
+
+def equal(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("recipe", [PAPER, LIGHT, PLAIN, replace(PAPER, alternating=True)],
+                         ids=["paper", "light", "plain", "alternating"])
+@pytest.mark.parametrize("name", ENGINES)
+def test_any_step_can_be_repeated(data, name, recipe):
+    """A new engine, started in the middle of an epoch that another one went through from its beginning."""
+    steps = steps_of(data)
+    whole = list(make(name, data, recipe).batches(2, steps))
+    assert len(whole) == len(steps) == 4
+    for (x, y), (_, index) in zip(whole, steps):
+        assert x.shape == (len(index), 3, 16, 20) and x.dtype == torch.float32
+        assert y.shape == (len(index), 4) and torch.allclose(y.sum(1), torch.ones(len(index)))
+    rest = list(make(name, data, recipe).batches(2, steps[2:]))
+    assert all(equal(a, b) for a, b in zip(whole[2:], rest, strict=True))
+    if recipe is not PLAIN:
+        assert not torch.equal(next(make(name, data, recipe).batches(3, steps))[0], whole[0][0])
+        assert not torch.equal(next(make(name, data, recipe, seed=6).batches(2, steps))[0], whole[0][0])
+
+
+def test_workers_change_nothing(data):
+    steps = steps_of(data, 8)
+    alone, helped = make("timm", data), make("timm", data, workers=2)
+    for epoch in (0, 1):  # the workers live on
+        for a, b in zip(alone.batches(epoch, steps), helped.batches(epoch, steps), strict=True):
+            assert equal(a, b)
+    for _ in helped.batches(2, steps):
+        break  # and an epoch that is given up leaves nothing behind
+    for a, b in zip(alone.batches(3, steps[1:]), helped.batches(3, steps[1:]), strict=True):
+        assert equal(a, b)
+
+
+def test_a_picture_of_timms_does_not_know_its_batch(data):
+    """Two training processes with half of the batch each see what one process sees."""
+    engine = make("timm", data, replace(PAPER, erase=0.0, mixup=0.0, cutmix=0.0))
+    index = torch.arange(10)
+    (whole, _), = engine.batches(1, [(0, index)])
+    (first, _), = make("timm", data, engine.augment, rank=0).batches(1, [(0, index[:5])])
+    (second, _), = make("timm", data, engine.augment, rank=1).batches(1, [(0, index[5:])])
+    assert torch.equal(whole, torch.cat([first, second]))
+
+
+def test_ranks_draw_apart(data):
+    (a, _), (b, _) = (next(make("batched", data, rank=rank).batches(0, steps_of(data))) for rank in (0, 1))
+    assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_the_worlds_random_state_is_left_alone(data, name):
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    list(make(name, data, LIGHT).batches(0, steps_of(data)))
+    list(make(name, data, PAPER).batches(0, steps_of(data)))
+    assert random.getstate() == before[0]
+    assert (np.random.get_state()[1] == before[1]).all() and torch.equal(torch.get_rng_state(), before[2])
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_without_augmentation_pictures_are_normalised(data, name):
+    for (x, y), (_, index) in zip(make(name, data, PLAIN).batches(0, steps_of(data)), steps_of(data)):
+        assert torch.equal(x, normalize(data.images[index], MEAN, STD))
+        assert torch.equal(y.argmax(1), data.labels[index]) and y.max() == 1
+
+
+def test_batched_is_the_functions_of_chapter_5_in_order(data):
+    step, index = steps_of(data)[1]
+    (x, y), = make("batched", data).batches(3, [(step, index)])
+    g = keyed_generator(5, 2, 3, step)
+    images = normalize(replace(PAPER, fill=MEAN)(data.images[index], g), MEAN, STD)
+    images = PAPER.erasing(images, g)
+    assert equal((x, y), mix(images, data.labels[index], 4, 0.5, 0.5, 0.1, g))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_both_mix_and_erase_by_the_same_draws(data, name):
+    """With nothing to do before, both engines hand over the same batch."""
+    recipe = replace(PLAIN, erase=0.5, mixup=0.8, cutmix=1.0, smoothing=0.1)
+    steps = steps_of(data)
+    for a, b in zip(make(name, data, recipe).batches(0, steps), make("batched", data, recipe).batches(0, steps)):
+        assert equal(a, b)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_alternating_flip_depends_on_seed_image_and_epoch(data, name):
+    recipe, index = Augment(alternating=True), torch.arange(len(data))
+
+    def seen(order, epoch, seed=5, among=data):
+        (x, _), = make(name, among, recipe, seed).batches(epoch, [(7, order)])
+        return x
+
+    whole = seen(index, 0)
+    assert torch.equal(whole, seen(index, 2)) and torch.equal(whole, seen(index, 1).flip(-1))
+    assert torch.equal(whole.flip(0), seen(index.flip(0), 0))  # wherever in a batch
+    assert torch.equal(whole[:20], seen(index[:20], 0, among=data.subset(slice(0, 20))))  # of however many
+    assert not torch.equal(whole, seen(index, 0, seed=6))
+    plain = normalize(data.images, MEAN, STD)
+    mirrored = (whole == plain.flip(-1)).flatten(1).all(1)
+    assert 15 < mirrored.sum() < 45 and torch.equal(whole[~mirrored], plain[~mirrored])
+
+
+# ---------------------------------------------------------------- timm's pipeline
+
+
+def names(transform):
+    return [type(step).__name__ for step in transform.transforms]
+
+
+def test_transform_is_the_papers():
+    steps = pil_transform(PAPER, (32, 32), MEAN)
+    assert names(steps) == ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "RandAugment",
+                            "MaybePILToTensor"]
+    crop, flip, randaug, _ = steps.transforms
+    assert crop.scale == (0.75, 1.0) and crop.ratio == (3 / 4, 4 / 3) and len(crop.interpolation) == 2
+    assert flip.p == 0.5 and randaug.num_layers == 2 and len(randaug.ops) == 15
+    op = randaug.ops[0]
+    assert (op.magnitude, op.magnitude_std, op.prob) == (9, 0.5, 0.5)
+    assert all(op.name in {"AutoContrast", "Equalize", "Invert", "Rotate", "SolarizeAdd", "ShearX", "ShearY",
+                           "TranslateXRel", "TranslateYRel"} or op.name.endswith("Increasing") for op in randaug.ops)
+    assert op.kwargs["fillcolor"] == (128, 115, 102) and len(op.kwargs["resample"]) == 2
+
+
+def test_transform_is_the_light_scripts():
+    steps = pil_transform(LIGHT, (32, 32), MEAN)
+    assert names(steps) == ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "RandAugment", "ColorJitter",
+                            "MaybePILToTensor"]
+    crop, _, randaug, jitter, _ = steps.transforms
+    assert isinstance(randaug, light.RandAugment) and (randaug.num_ops, randaug.magnitude) == (2, 12)
+    assert isinstance(jitter, ColorJitter) and jitter.brightness == (0.8, 1.2) and jitter.hue is None
+    assert crop.ratio == (1, 1) and crop.interpolation.value == "bilinear"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_transform_of_any_mode(mode):
+    mean = MEAN if mode == "RGB" else MEAN[:1]
+    steps = pil_transform(PAPER, (16, 20), mean)
+    for _ in range(40):
+        out = steps(Image.effect_noise((20, 16), 60).convert(mode))
+        assert out.shape == (len(mean), 16, 20) and out.dtype == torch.uint8
+
+
+def test_sides_are_told_or_tossed():
+    picture = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    pixels = torch.arange(64, dtype=torch.uint8).view(1, 8, 8)
+    bare = Augment()
+    assert torch.equal(pil_transform(bare, (8, 8), (0.5,), False)(picture), pixels)
+    assert torch.equal(pil_transform(bare, (8, 8), (0.5,), True)(picture), pixels.flip(-1))
+    tossed = torch.stack([pil_transform(bare, (8, 8), (0.5,))(picture) for _ in range(40)])
+    assert len(tossed.unique(dim=0)) == 2
+
+
+# ---------------------------------------------------------------- streaming
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An image folder: train/ with 3 classes of 8 pictures, val/ with one of each, all of different sizes."""
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 8), ("val", 1)):
+        for k, name in enumerate(("ant", "bee", "cow")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                size = (50 + 3 * i, 70 - 2 * i)
+                Image.new("RGB", size, (60 * k + 20, 100, 200)).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stream_trains_on_a_folder(folder, workers):
+    recipe = replace(PAPER, crop_scale=0.25)
+    loader, classes = stream(folder, recipe, MEAN, STD, 32, 6, workers=workers)
+    assert classes == ("ant", "bee", "cow") and len(loader) == 4
+    seen = list(loader)
+    assert all(x.shape == (6, 3, 32, 32) and x.dtype == torch.float32 for x, _ in seen)
+    assert torch.equal(torch.cat([y for _, y in seen]).bincount(), torch.tensor([8, 8, 8]))
+    x, y = recipe.mixed(*seen[0], len(classes))
+    assert x.shape == (6, 3, 32, 32) and torch.allclose(y.sum(1), torch.ones(6))
+    assert not torch.equal(next(iter(loader))[0], seen[0][0])
+
+
+def test_stream_without_augmentation_is_normalised(folder):
+    loader, _ = stream(folder, PLAIN, MEAN, STD, 32, 24, workers=0)
+    ((x, y),) = loader
+    assert x.shape == (24, 3, 32, 32)
+    red = (20 + 60 * y) / 255
+    assert torch.allclose(x[:, 0], ((red - MEAN[0]) / STD[0]).view(-1, 1, 1).expand(-1, 32, 32), atol=1e-5)
+
+
+def test_stream_erases_on_the_batch(folder):
+    loader, _ = stream(folder, replace(PLAIN, erase=1.0), MEAN, STD, 32, 24, workers=0)
+    ((x, _),) = loader
+    assert (x.flatten(2).std(2) > 0).all()  # the pictures are of one colour each
+
+
+def test_stream_validates_in_order(folder):
+    loader, classes = stream(folder, PAPER, MEAN, STD, 32, 2, training=False, workers=0)
+    seen = list(loader)
+    assert [y.tolist() for _, y in seen] == [[0, 1], [2]]
+    assert all(equal(a, b) for a, b in zip(seen, loader))
+
+
+# ---------------------------------------------------------------- errors
+
+
+def test_one_clear_sentence(data, folder, tmp_path):
+    bad = {
+        "engine is 'x', expected one of batched, timm": lambda: make("x", data),
+        "expected a whole m": lambda: make("timm", data, replace(PAPER, randaug_m=9.5)),
+        "no spread with policy torchvision": lambda: make("timm", data, replace(LIGHT, randaug_spread=1.0)),
+        "holds 24 images": lambda: stream(folder, PAPER, MEAN, STD, 32, 25),
+        "holds 0 images": lambda: stream(tmp_path, PAPER, MEAN, STD),
+        "none holds 0 images": lambda: stream(tmp_path / "none", PAPER, MEAN, STD),
+    }
+    for words, call in bad.items():
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- no waiting for the device
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that says it is on another device and keeps its values in `inner`."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device="meta")
+        made.inner = inner
+        return made
+
+    __torch_dispatch__ = classmethod(lambda cls, func, *rest: pytest.fail(f"{func} outside of NoWaiting"))
+
+
+class NoWaiting(TorchDispatchMode):
+    """Computes with OnDevice tensors on the CPU and refuses what a GPU would have to be waited for.
+
+    That is a value read by Python, a result whose size depends on values, a copy back, and a large operand that is
+    still on the CPU. `computed` counts what was done on the device.
+    """
+    sized_by_values = ("nonzero", "masked_select", "unique", "bincount", "_local_scalar_dense", "is_nonzero",
+                       "repeat_interleave", "equal")
+    computed, running = 0, True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        there = any(isinstance(leaf, OnDevice) for leaf in leaves)
+        name = func.overloadpacket.__name__
+        target = kwargs.get("device")
+        if target is not None and torch.device(target).type == "meta":  # a copy to the device, or made there
+            kwargs["device"] = torch.device("cpu")
+            waits = self.running and leaves and not there and not kwargs.get("non_blocking")
+            assert not waits, f"{name} copies without non_blocking"
+        elif not there:
+            return func(*args, **kwargs)
+        else:
+            assert target is None, f"{name} copies back to {target}"
+            assert not name.startswith(self.sized_by_values), f"{name} waits for the device"
+            mixed = [leaf.shape for leaf in leaves if leaf.ndim and not isinstance(leaf, OnDevice)]
+            assert not mixed, f"{name} got CPU tensors of {mixed} and some on the device"
+            indices = [i for i in tree_leaves(args[1:]) if isinstance(i, torch.Tensor)]
+            assert not name.startswith("index") or all(i.dtype != torch.bool for i in indices), "indexed by a mask"
+        self.computed += there
+        args_in, kwargs_in = tree_map(lambda t: t.inner if isinstance(t, OnDevice) else t, (args, kwargs))
+        out = func(*args_in, **kwargs_in)
+        if func._schema.is_mutable:
+            return kwargs.get("out", args[0])  # changed in place: the same tensor
+        return tree_map(lambda t: OnDevice(t) if isinstance(t, torch.Tensor) else t, out)
+
+
+@pytest.mark.parametrize("wait", [
+    lambda x: float(x[0, 0, 0, 0]),
+    lambda x: bool(x.any()),
+    lambda x: x.max().item(),
+    lambda x: x[x > 3],
+    lambda x: x.nonzero(),
+    lambda x: x.cpu(),
+    lambda x: x + torch.ones(2, 1, 4, 4),
+])
+def test_waiting_would_be_noticed(wait):
+    with NoWaiting():
+        x = torch.ones(2, 1, 4, 4).to("meta", non_blocking=True)
+        assert isinstance(x, OnDevice)
+        with pytest.raises(AssertionError):
+            wait(x)
+
+
+@pytest.mark.parametrize("recipe", [PAPER, replace(LIGHT, cutmix=0.5, alternating=True)], ids=["paper", "light"])
+def test_a_batch_is_made_without_waiting(data, recipe):
+    """Every operation of both policies runs, nothing is read back, and the batch is the CPU's."""
+    many = replace(recipe, randaug_n=4)
+    steps = [(s, torch.arange(60)) for s in range(2)] + [(2, torch.arange(7))]
+    expected = list(Batched(data, many, MEAN, STD, 5).batches(0, steps))
+    with NoWaiting() as mode:
+        mode.running = False  # the data set is copied once, before the run
+        engine = Batched(data, many, MEAN, STD, 5, device="meta")
+        mode.running = True
+        made = [(x.inner, y.inner) for x, y in engine.batches(0, steps)]
+    assert all(equal(a, b) for a, b in zip(made, expected, strict=True))
+    assert mode.computed > 100
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ENGINES)
+def test_cuda_agrees(data, name):
+    steps = steps_of(data)
+    for a, b in zip(make(name, data).batches(0, steps), make(name, data, device="cuda").batches(0, steps)):
+        off = (a[0] - b[0].cpu()).abs() > 0.05
+        assert off.double().mean() < 0.02 and torch.allclose(a[1], b[1].cpu(), atol=1e-6)
+
+
+def test_timm_keeps_its_pictures_on_the_cpu(data):
+    assert Timm(data, PAPER, MEAN, STD).loader.dataset.images is data.images
