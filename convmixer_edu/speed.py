@@ -5,7 +5,7 @@ __all__ = ['VISITS', 'Workload', 'step_flops', 'step_bytes', 'ceilings', 'Floor'
            'keep_freed_memory', 'Choice', 'choices', 'prepare', 'autocast', 'frozen', 'make_step', 'time_step', 'probe',
            'device_name', 'choose', 'profile_step', 'measure', 'main']
 
-# %% ../nbs/P2_speed.ipynb #7a9b1c8b
+# %% ../nbs/P2_speed.ipynb #2cb93473
 import argparse
 import contextlib
 import ctypes
@@ -27,7 +27,7 @@ from .checkpoint import write_atomically
 from .depthwise import fast_depthwise
 from .model import ConvMixer
 
-# %% ../nbs/P2_speed.ipynb #5ffdcc14
+# %% ../nbs/P2_speed.ipynb #3ef0f803
 @dataclass(frozen=True)
 class Workload:
     "The model, the batch and the direction whose speed is asked for"
@@ -42,7 +42,7 @@ class Workload:
     train: bool = True  # a training step, or the forward pass alone
     depthwise: str = "library"  # see `fast_depthwise`
 
-# %% ../nbs/P2_speed.ipynb #6c9bb789
+# %% ../nbs/P2_speed.ipynb #33c63912
 def step_flops(
     work: Workload,
 ) -> int:  # floating point operations
@@ -52,7 +52,7 @@ def step_flops(
                       work.image_size)
     return 2 * macs * work.batch_size * (3 if work.train else 1)
 
-# %% ../nbs/P2_speed.ipynb #bf9314d6
+# %% ../nbs/P2_speed.ipynb #3d4f20a7
 # Visits to an activation: (forward when evaluating, when training, backward)
 VISITS = {
     "patch embedding": (1, 3, 6),
@@ -79,7 +79,7 @@ def step_bytes(
     # AdamW, in float32: a gradient written, four tensors read, three written
     return values * size + weights * (2 * size + 32 if w.train else size)
 
-# %% ../nbs/P2_speed.ipynb #884ecd7a
+# %% ../nbs/P2_speed.ipynb #dea6af7e
 def _wait(device):
     "Until the device has done what it was told"
     if device.type == "cuda":
@@ -113,7 +113,7 @@ def ceilings(
                                           device)
     return flops, copied
 
-# %% ../nbs/P2_speed.ipynb #b019ec71
+# %% ../nbs/P2_speed.ipynb #b07ab44d
 @dataclass(frozen=True)
 class Floor:
     "The least time of a step, in seconds, by each ceiling"
@@ -135,7 +135,7 @@ def floor(
     return Floor(step_flops(work) / rates[0],
                  step_bytes(work, dtype) / rates[1])
 
-# %% ../nbs/P2_speed.ipynb #7b6ddf42
+# %% ../nbs/P2_speed.ipynb #0c489c0e
 def real_dtypes(
     device: torch.device,
 ) -> tuple[torch.dtype, ...]:  # the most promising first
@@ -160,7 +160,7 @@ def choose_precision(
         return real_dtypes(device)[0]
     return getattr(torch, wanted)
 
-# %% ../nbs/P2_speed.ipynb #44f58656
+# %% ../nbs/P2_speed.ipynb #263179f6
 def keep_freed_memory() -> bool:
     """Let the C library keep large freed blocks for the next step
 
@@ -173,7 +173,7 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
 
-# %% ../nbs/P2_speed.ipynb #6f8b0e5c
+# %% ../nbs/P2_speed.ipynb #718fb5ec
 @dataclass(frozen=True)
 class Choice:
     "How to run a model, and how fast it was"
@@ -203,7 +203,7 @@ def choices(
                                        (True, False))
             for dtype in dtypes for layout in (True, False)]
 
-# %% ../nbs/P2_speed.ipynb #76013b70
+# %% ../nbs/P2_speed.ipynb #de190528
 def prepare(
     model: nn.Module,  # changed in place, its values are not
     choice: Choice,
@@ -227,14 +227,14 @@ def autocast(
     half = dtype != torch.float32
     return torch.autocast(device.type, dtype if half else None, half)
 
-# %% ../nbs/P2_speed.ipynb #c1a80958
+# %% ../nbs/P2_speed.ipynb #fffe8dc9
 def frozen(
     model: nn.Module,  # copied: it can be trained on
     choice: Choice,
 ):  # a function, images (B, c, H, W) -> float32 logits (B, n)
     "The fastest way to evaluate a model as it is now"
-    model = prepare(deepcopy(model).eval(), choice)
-    device = next(model.parameters()).device
+    model = fast_depthwise(deepcopy(model).eval(), "library")
+    device = next(prepare(model, choice).parameters()).device
     layout = (torch.channels_last if choice.channels_last
               else torch.contiguous_format)
     freezing = contextlib.nullcontext
@@ -250,7 +250,7 @@ def frozen(
 
     return forward
 
-# %% ../nbs/P2_speed.ipynb #2d62f61b
+# %% ../nbs/P2_speed.ipynb #7c8a8884
 def make_step(
     work: Workload,
     choice: Choice,
@@ -287,7 +287,7 @@ def make_step(
 
     return step
 
-# %% ../nbs/P2_speed.ipynb #e6a5670b
+# %% ../nbs/P2_speed.ipynb #d95da2c3
 def time_step(
     step,  # a function without arguments
     device: torch.device,
@@ -308,7 +308,7 @@ def time_step(
         took.append((time.perf_counter() - start) / several)
     return statistics.median(took)
 
-# %% ../nbs/P2_speed.ipynb #13ce44da
+# %% ../nbs/P2_speed.ipynb #dd30f2a5
 def probe(
     work: Workload,
     device: torch.device,
@@ -343,7 +343,7 @@ def _timed(work, choice, device):
             torch.cuda.empty_cache()
     return replace(choice, images_per_second=work.batch_size / took)
 
-# %% ../nbs/P2_speed.ipynb #57faf54c
+# %% ../nbs/P2_speed.ipynb #f6609537
 def device_name(
     device: torch.device,
 ) -> str:
@@ -377,7 +377,7 @@ def _read_cache():
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
-# %% ../nbs/P2_speed.ipynb #8ea6b604
+# %% ../nbs/P2_speed.ipynb #a6982fc5
 def choose(
     work: Workload,
     device: torch.device,
@@ -403,7 +403,7 @@ def choose(
         write_atomically(_cache_file(), text.encode())
     return best
 
-# %% ../nbs/P2_speed.ipynb #755096e8
+# %% ../nbs/P2_speed.ipynb #78eda2dc
 def profile_step(
     step,  # a function without arguments
     device: torch.device,
@@ -431,7 +431,7 @@ def profile_step(
     ranked = sorted(took.items(), key=lambda pair: -pair[1])[:top]
     return [(name, t / total) for name, t in ranked]
 
-# %% ../nbs/P2_speed.ipynb #9d85dba2
+# %% ../nbs/P2_speed.ipynb #9e9eab50
 def measure(
     work: Workload,
     device: torch.device,
@@ -452,16 +452,10 @@ def measure(
     again = [_timed(work, c, device) for c in ranked[:3]
              if c.images_per_second]
     names = {}
-    for choice in dict.fromkeys((replace(best, images_per_second=0.0),
-                                 replace(best, channels_last=True,
-                                         compile=False,
-                                         images_per_second=0.0),
-                                 replace(best, channels_last=False,
-                                         compile=False,
-                                         images_per_second=0.0))):
+    for c in (best, *(Choice(last, dtype=best.dtype)
+                      for last in (True, False))):
         torch._dynamo.reset()
-        names[str(choice)] = profile_step(make_step(work, choice, device),
-                                          device)
+        names[str(c)] = profile_step(make_step(work, c, device), device)
     return {"device": device_name(device), "torch": torch.__version__,
             "threads": torch.get_num_threads(), "work": asdict(work),
             "probe": [asdict(c) for c in timed], "best": asdict(best),
@@ -471,7 +465,7 @@ def measure(
             "part_of_floor": limit.seconds * best.images_per_second
             / work.batch_size, "profile": names}
 
-# %% ../nbs/P2_speed.ipynb #a2edc09b
+# %% ../nbs/P2_speed.ipynb #aeb65f16
 def main(
     arguments: list[str] | None = None,  # None: the command line's
 ) -> None:
@@ -526,6 +520,6 @@ def _measure_into(out, work, device, left, share):
     write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
     print(f"  {100 * record['part_of_floor']:.0f} % of the floor")
 
-# %% ../nbs/P2_speed.ipynb #798e7f0b
+# %% ../nbs/P2_speed.ipynb #9b573530
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook
     main()
