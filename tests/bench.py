@@ -3,15 +3,20 @@
 Writes _build/bench.json, a list of {name, ours, baseline, ratio, unit, rounds, spread}, and prints it as a table.
 `ours` and `baseline` are medians over the rounds; `ratio` is the median of the rounds' ratios, so that a slow moment of
 the machine hits both sides; `spread` is the lowest and the highest of them. Compilation is warmed up before, except
-where the start is what is measured. A row may say more: the setting that ours ran with, its part of the floor.
+where the start is what is measured. A baseline that trains or evaluates runs in a process of its own, where memory is
+handled as the system does it; `ratio_kept` is against the same baseline after `keep_freed_memory`. A row may say more:
+the setting that ours ran with, its part of the floor.
 """
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import statistics
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -36,21 +41,57 @@ ROUNDS = 5
 PLAIN = speed.Choice()  # NCHW, eager, float32
 
 
-def compare(name, unit, amount, ours, baseline, rounds=ROUNDS, warmups=2, **more):
-    """Time two functions in turn; `amount` is what one call of either gets done, in `unit`'s numerator."""
-    speeds = {"ours": [], "baseline": []}
-    for function in (ours, baseline) * warmups:
+def compare(name, unit, amount, ours, baseline, kept=None, warmups=2, **more):
+    """Time functions in turn; `amount` is what one call of any gets done, in `unit`'s numerator."""
+    functions = {"ours": ours, "baseline": baseline, **({"kept": kept} if kept else {})}
+    speeds = {who: [] for who in functions}
+    for function in [*functions.values()] * warmups:
         function()
-    for _ in range(rounds):
-        for who, function in (("ours", ours), ("baseline", baseline)):
+    for _ in range(ROUNDS):
+        for who, function in functions.items():
             start = time.perf_counter()
             function()
             speeds[who].append(amount / (time.perf_counter() - start))
-    ratios = [a / b for a, b in zip(speeds["ours"], speeds["baseline"])]
-    return {"name": name, "ours": round(statistics.median(speeds["ours"]), 3),
-            "baseline": round(statistics.median(speeds["baseline"]), 3),
-            "ratio": round(statistics.median(ratios), 3), "unit": unit, "rounds": rounds,
-            "spread": [round(min(ratios), 3), round(max(ratios), 3)], **more}
+    ratios = {who: [a / b for a, b in zip(speeds["ours"], speeds[who])] for who in functions}
+    row = {"name": name, "ours": round(statistics.median(speeds["ours"]), 3),
+           "baseline": round(statistics.median(speeds["baseline"]), 3),
+           "ratio": round(statistics.median(ratios["baseline"]), 3), "unit": unit, "rounds": ROUNDS,
+           "spread": [round(min(ratios["baseline"]), 3), round(max(ratios["baseline"]), 3)]}
+    if kept:
+        row["ratio_kept"] = round(statistics.median(ratios["kept"]), 3)
+    return {**row, **more}
+
+
+def serve(pipe, make, arguments, keep):
+    """In a process of its own: make a function, and call it whenever asked."""
+    if keep:
+        speed.keep_freed_memory()
+    function = make(*arguments)
+    pipe.send("ready")
+    while pipe.recv() == "go":
+        function()
+        pipe.send("done")
+
+
+@contextmanager
+def elsewhere(device, make, *arguments):
+    """Functions that have the baseline run in other processes: with the system's memory, and with memory kept."""
+    def start(keep):
+        here, there = context.Pipe()
+        process = context.Process(target=serve, args=(there, make, arguments, keep))
+        process.start()
+        there.close()
+        here.recv()
+        processes.append((here, process))
+        return lambda: (here.send("go"), here.recv())
+
+    context, processes = multiprocessing.get_context("spawn"), []
+    try:
+        yield [start(keep) for keep in ((False, True) if device.type == "cpu" else (False,))]
+    finally:
+        for pipe, process in processes:
+            pipe.send("stop")
+            process.join(60)
 
 
 def synchronised(function, device):
@@ -83,15 +124,23 @@ def workload(c, device, **more):
                           depthwise=_choose_depthwise(c, device), **more)
 
 
+def plain_step(device, c):
+    """The training step of the plain model: eager, NCHW, float32."""
+    data, index = colour_images(1024), torch.arange(c.batch_size)
+    step = stepper(data, device, PLAIN, "library", c)
+    return synchronised(lambda: step(index), device)
+
+
 def training_step(data, device, batch, seconds, **sizes):
-    """A whole training step, images as bytes to updated weights, against the plain model: eager, NCHW, float32."""
+    """A whole training step, images as bytes to updated weights, against the plain model."""
     c = with_settings(PRESETS["light25"], {**sizes, "batch_size": batch, "randaug_n": 0})
-    work, index = workload(c, device), torch.arange(batch) % len(data)
+    work, index = workload(c, device), torch.arange(batch)
     best = speed.choose(work, device, seconds)
-    steps = [synchronised(lambda step=step: step(index), device)
-             for step in (stepper(data, device, best, work.depthwise, c), stepper(data, device, PLAIN, "library", c))]
-    row = compare(f"training step, {c.dim}/{c.depth} k{c.kernel_size} p{c.patch_size}, batch {batch}", "images/s",
-                  batch, *steps, setting=f"{best}, weight gradient: {work.depthwise}")
+    step = stepper(data, device, best, work.depthwise, c)
+    with elsewhere(device, plain_step, device, c) as plain:
+        row = compare(f"training step, {sizes_of(c)}, batch {batch}", "images/s", batch,
+                      synchronised(lambda: step(index), device), *plain,
+                      setting=f"{best}, weight gradient: {work.depthwise}")
     dtype = getattr(torch, best.dtype)
     limit = speed.floor(work, speed.ceilings(device, dtype), dtype)
     row["part_of_floor"] = round(limit.seconds * row["ours"] / batch, 3)
@@ -99,19 +148,35 @@ def training_step(data, device, batch, seconds, **sizes):
     return row
 
 
-def evaluation(data, device, batch, seconds):
+def sizes_of(c):
+    """256/8 k5 p2"""
+    return f"{c.dim}/{c.depth} k{c.kernel_size} p{c.patch_size}"
+
+
+def forward_pass(device, c, choice):
+    """The forward pass of a model in evaluation mode: a function that returns its logits."""
+    x = torch.randn(c.batch_size, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    model = build_model(c, colour_images(64), device)
+    model(x)  # running statistics other than 0 and 1
+    forward = speed.frozen(model, choice)
+
+    def run():
+        logits = forward(x)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return logits
+    return run
+
+
+def evaluation(device, batch, seconds):
     """The forward pass of 256/8 k5 p2 in evaluation mode, against the plain model: eager, NCHW, float32."""
     c = with_settings(PRESETS["light25"], {"batch_size": batch})
     best = speed.choose(workload(c, device, train=False), device, seconds)
-    model = build_model(c, data, device)
-    x = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
-    for _ in range(3):
-        model(x)  # running statistics other than 0 and 1
-    plain, ours = speed.frozen(model, PLAIN), speed.frozen(model, best)
-    error = float((ours(x) - plain(x)).abs().max() / plain(x).abs().max())
-    return compare(f"evaluation, {c.dim}/{c.depth} k{c.kernel_size} p{c.patch_size}, batch {batch}", "images/s", batch,
-                   synchronised(lambda: ours(x), device), synchronised(lambda: plain(x), device),
-                   setting=str(best), relative_error=round(error, 5))
+    ours, exact = forward_pass(device, c, best), forward_pass(device, c, PLAIN)()
+    error = float((ours() - exact).abs().max() / exact.abs().max())
+    with elsewhere(device, forward_pass, device, c, PLAIN) as plain:
+        return compare(f"evaluation, {sizes_of(c)}, batch {batch}", "images/s", batch, ours, *plain,
+                       setting=str(best), relative_error=round(error, 5))
 
 
 def augmentation(data, count=512):
@@ -151,8 +216,9 @@ class Pictures(Dataset):
         return self.transform(self.pictures[i]), self.labels[i]
 
 
-def authors_epoch(data, device, c, workers=2):
+def authors_epoch(device, c, count, workers=2):
     """One epoch as the authors' light script does it: Pillow in workers, eager, NCHW, autocast."""
+    data = colour_images(count)
     loader = DataLoader(Pictures(data), c.batch_size, shuffle=True, num_workers=workers, drop_last=True,
                         persistent_workers=True, pin_memory=device.type == "cuda")
     model = ConvMixer(c.dim, c.depth, c.kernel_size, c.patch_size, len(data.classes)).to(device).train()
@@ -179,18 +245,19 @@ def authors_epoch(data, device, c, workers=2):
 def pipeline(data, device, batch, count, seconds):
     """An epoch over some images, from pictures to updated weights, against the authors' way with two workers."""
     c = with_settings(PRESETS["light25"], {"batch_size": batch})
-    data, work = data.subset(torch.arange(count) % len(data)), workload(c, device)
+    data, work = data.subset(torch.arange(count)), workload(c, device)
     best = speed.choose(work, device, seconds)
-    step, done = stepper(data, device, best, work.depthwise, c), iter(range(10**6))
+    step, numbers = stepper(data, device, best, work.depthwise, c), itertools.count()
 
     def epoch():
-        number = next(done)
+        number = next(numbers)
         order = epoch_order(count, 0, number).to(device)
         for i in range(count // batch):
             step(order[i * batch:(i + 1) * batch], number, i)
-    return compare(f"whole pipeline, light25, batch {batch}, {count // batch * batch} images an epoch", "images/s",
-                   count // batch * batch, synchronised(epoch, device),
-                   synchronised(authors_epoch(data, device, c), device), warmups=1, setting=str(best))
+    images = count // batch * batch
+    with elsewhere(device, authors_epoch, device, c, count) as authors:
+        return compare(f"whole pipeline, light25, batch {batch}, {images} images an epoch", "images/s", images,
+                       synchronised(epoch, device), *authors, warmups=1, setting=str(best))
 
 
 OURS = """
@@ -261,7 +328,7 @@ def rows(data, device, seconds):
     if gpu:
         for k in (3, 5, 7, 9):
             yield lambda k=k: training_step(data, device, 512, seconds, kernel_size=k)
-    yield lambda: evaluation(data, device, 512 if gpu else 128, seconds)
+    yield lambda: evaluation(device, 512 if gpu else 128, seconds)
     yield lambda: augmentation(data)
     yield lambda: pipeline(data, device, 512 if gpu else 64, 10240 if gpu else 512, seconds)
     yield lambda: start_up(device)
@@ -270,13 +337,14 @@ def rows(data, device, seconds):
 def table(found, device):
     """What was found, for a terminal."""
     shown = Table(title=f"on {speed.device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    for column in ("name", "ours", "baseline", "unit", "ratio", "spread", "of the floor", "setting"):
+    for column in ("name", "ours", "baseline", "unit", "ratio", "spread", "kept", "of the floor", "setting"):
         shown.add_column(column, justify="left" if column in ("name", "unit", "setting") else "right")
     for row in found:
         low, high = row["spread"]
         part = f"{100 * row['part_of_floor']:.0f} %" if "part_of_floor" in row else ""
         shown.add_row(row["name"], f"{row['ours']:,.1f}", f"{row['baseline']:,.1f}", row["unit"],
-                      f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}", part, row.get("setting", ""))
+                      f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}",
+                      f"{row['ratio_kept']:.2f}" if "ratio_kept" in row else "", part, row.get("setting", ""))
     return shown
 
 
@@ -299,7 +367,7 @@ def main():
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(found, indent=1) + "\n")
         print(json.dumps(found[-1]), flush=True)
-    Console().print(table(found, device))
+    Console(width=max(150, Console().width)).print(table(found, device))
 
 
 if __name__ == "__main__":
