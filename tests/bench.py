@@ -1,14 +1,22 @@
-"""Speed, as ratios of two things run in turn in one process: `make bench`.
+"""Speed, as ratios of two things run in turn in one process tree: `make bench`.
 
 Writes _build/bench.json, a list of {name, ours, baseline, ratio, unit, rounds, spread}, and prints it as a table.
 `ours` and `baseline` are medians over the rounds; `ratio` is the median of the rounds' ratios, so that a slow moment of
-the machine hits both sides; `spread` is the lowest and the highest of them. Compilation is warmed up before.
+the machine hits both sides; `spread` is the lowest and the highest of them. Compilation is warmed up before, except
+where the start is what is measured. A baseline that trains or evaluates runs in a process of its own, where memory is
+handled as the system does it; `ratio_kept` is against the same baseline after `keep_freed_memory`. A row may say more:
+the setting that ours ran with, its part of the floor.
 """
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import statistics
+import subprocess
+import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,32 +25,73 @@ import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from torchvision.transforms import RandAugment
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
 
+from convmixer_edu import speed
 from convmixer_edu.augment import rand_augment
 from convmixer_edu.data import load_images
-from convmixer_edu.train import (PRESETS, _choose_depthwise, build_model, choose_device, choose_precision,
-                                 keep_freed_memory, make_batch, make_optimizer, train_step, with_settings)
+from convmixer_edu.model import ConvMixer
+from convmixer_edu.train import (PRESETS, _choose_depthwise, build_model, choose_device, epoch_order, make_batch,
+                                 make_optimizer, train_step, with_settings)
 from convmixer_edu.train import statistics as image_statistics
 
-ROUNDS = 7
+ROUNDS = 5
+PLAIN = speed.Choice()  # NCHW, eager, float32
 
 
-def compare(name, unit, amount, ours, baseline, rounds=ROUNDS):
-    """Time two functions in turn; `amount` is what one call of either gets done, in `unit`'s numerator."""
-    speeds = {"ours": [], "baseline": []}
-    for function in (ours, baseline, ours, baseline):
+def compare(name, unit, amount, ours, baseline, kept=None, warmups=2, **more):
+    """Time functions in turn; `amount` is what one call of any gets done, in `unit`'s numerator."""
+    functions = {"ours": ours, "baseline": baseline, **({"kept": kept} if kept else {})}
+    speeds = {who: [] for who in functions}
+    for function in [*functions.values()] * warmups:
         function()
-    for _ in range(rounds):
-        for who, function in (("ours", ours), ("baseline", baseline)):
+    for _ in range(ROUNDS):
+        for who, function in functions.items():
             start = time.perf_counter()
             function()
             speeds[who].append(amount / (time.perf_counter() - start))
-    ratios = [a / b for a, b in zip(speeds["ours"], speeds["baseline"])]
-    return {"name": name, "ours": round(statistics.median(speeds["ours"]), 1),
-            "baseline": round(statistics.median(speeds["baseline"]), 1),
-            "ratio": round(statistics.median(ratios), 3), "unit": unit, "rounds": rounds,
-            "spread": [round(min(ratios), 3), round(max(ratios), 3)]}
+    ratios = {who: [a / b for a, b in zip(speeds["ours"], speeds[who])] for who in functions}
+    row = {"name": name, "ours": round(statistics.median(speeds["ours"]), 3),
+           "baseline": round(statistics.median(speeds["baseline"]), 3),
+           "ratio": round(statistics.median(ratios["baseline"]), 3), "unit": unit, "rounds": ROUNDS,
+           "spread": [round(min(ratios["baseline"]), 3), round(max(ratios["baseline"]), 3)]}
+    if kept:
+        row["ratio_kept"] = round(statistics.median(ratios["kept"]), 3)
+    return {**row, **more}
+
+
+def serve(pipe, make, arguments, keep):
+    """In a process of its own: make a function, and call it whenever asked."""
+    if keep:
+        speed.keep_freed_memory()
+    function = make(*arguments)
+    pipe.send("ready")
+    while pipe.recv() == "go":
+        function()
+        pipe.send("done")
+
+
+@contextmanager
+def elsewhere(device, make, *arguments):
+    """Functions that have the baseline run in other processes: with the system's memory, and with memory kept."""
+    def start(keep):
+        here, there = context.Pipe()
+        process = context.Process(target=serve, args=(there, make, arguments, keep))
+        process.start()
+        there.close()
+        here.recv()
+        processes.append((here, process))
+        return lambda: (here.send("go"), here.recv())
+
+    context, processes = multiprocessing.get_context("spawn"), []
+    try:
+        yield [start(keep) for keep in ((False, True) if device.type == "cpu" else (False,))]
+    finally:
+        for pipe, process in processes:
+            pipe.send("stop")
+            process.join(60)
 
 
 def synchronised(function, device):
@@ -54,57 +103,206 @@ def synchronised(function, device):
     return run
 
 
-def training_step(data, device, batch, **sizes):
-    """A whole training step, images as bytes to updated weights, against the plain model: eager, NCHW, float32."""
-    stats = image_statistics(data.images)
-    images, labels = data.images[:batch].to(device), data.labels[:batch].to(device)
-    steps = {}
-    for who, settings in (("ours", {"channels_last": True}),
-                          ("baseline", {"channels_last": False, "depthwise": "library", "precision": "float32"})):
-        c = with_settings(PRESETS["light25"], {**sizes, **settings, "batch_size": batch, "randaug_n": 0})
-        model = build_model(c, data, device, _choose_depthwise(c, device)).train()
-        optimizer, dtype = make_optimizer(model, c), choose_precision(device, c.precision)
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+def stepper(data, device, choice, depthwise, c):
+    """A training step of a recipe on images as bytes, under a setting: a function of (indices, epoch, step)."""
+    c = with_settings(c, {"channels_last": choice.channels_last})
+    dtype, stats = getattr(torch, choice.dtype), image_statistics(data.images)
+    model = speed.prepare(build_model(c, data, device, depthwise).train(), choice)
+    optimizer = make_optimizer(model, c)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    images, labels = data.images.to(device), data.labels.to(device)
 
-        def step(c=c, model=model, optimizer=optimizer, dtype=dtype, scaler=scaler):
-            x, y = make_batch(images, labels, 10, stats, c, 0, 0)
-            train_step(model, optimizer, scaler, x, y, c, dtype)
-        steps[who] = synchronised(step, device)
-    k, p = sizes.get("kernel_size", 5), sizes.get("patch_size", 2)
-    return compare(f"training step, 256/8 k{k} p{p}, batch {batch}", "images/s", batch, steps["ours"],
-                   steps["baseline"])
+    def step(index, epoch=0, number=0):
+        x, y = make_batch(images[index], labels[index], len(data.classes), stats, c, epoch, number)
+        train_step(model, optimizer, scaler, x, y, c, dtype)
+    return step
 
 
-def evaluation(data, device, batch):
-    """The forward pass of 256/8 k5 p2 in evaluation mode, against the plain model: NCHW, float32."""
-    x = data.images[:batch].to(device).float() / 255
-    passes = {}
-    for who, layout in (("ours", torch.channels_last), ("baseline", torch.contiguous_format)):
-        c = with_settings(PRESETS["light25"], {"channels_last": who == "ours"})
-        model = build_model(c, data, device).eval()
-        dtype = choose_precision(device) if who == "ours" else torch.float32
-        half = dtype != torch.float32
+def workload(c, device, **more):
+    """What the probe needs to know of a recipe."""
+    return speed.Workload(c.dim, c.depth, c.kernel_size, c.patch_size, c.batch_size,
+                          depthwise=_choose_depthwise(c, device), **more)
 
-        @torch.inference_mode()
-        def forward(model=model, x=x.contiguous(memory_format=layout), dtype=dtype, half=half):
-            with torch.autocast(device.type, dtype if half else None, half):
-                F.softmax(model(x).float(), 1)
-        passes[who] = synchronised(forward, device)
-    return compare(f"evaluation, 256/8 k5 p2, batch {batch}", "images/s", batch, passes["ours"], passes["baseline"])
+
+def plain_step(device, c):
+    """The training step of the plain model: eager, NCHW, float32."""
+    data, index = colour_images(1024), torch.arange(c.batch_size)
+    step = stepper(data, device, PLAIN, "library", c)
+    return synchronised(lambda: step(index), device)
+
+
+def training_step(data, device, batch, seconds, **sizes):
+    """A whole training step, images as bytes to updated weights, against the plain model."""
+    c = with_settings(PRESETS["light25"], {**sizes, "batch_size": batch, "randaug_n": 0})
+    work, index = workload(c, device), torch.arange(batch)
+    best = speed.choose(work, device, seconds)
+    step = stepper(data, device, best, work.depthwise, c)
+    with elsewhere(device, plain_step, device, c) as plain:
+        row = compare(f"training step, {sizes_of(c)}, batch {batch}", "images/s", batch,
+                      synchronised(lambda: step(index), device), *plain,
+                      setting=f"{best}, weight gradient: {work.depthwise}")
+    dtype = getattr(torch, best.dtype)
+    limit = speed.floor(work, speed.ceilings(device, dtype), dtype)
+    row["part_of_floor"] = round(limit.seconds * row["ours"] / batch, 3)
+    row["part_of_arithmetic"] = round(limit.arithmetic * row["ours"] / batch, 3)
+    return row
+
+
+def sizes_of(c):
+    """256/8 k5 p2"""
+    return f"{c.dim}/{c.depth} k{c.kernel_size} p{c.patch_size}"
+
+
+def forward_pass(device, c, choice):
+    """The forward pass of a model in evaluation mode: a function that returns its logits."""
+    x = torch.randn(c.batch_size, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    model = build_model(c, colour_images(64), device)
+    model(x)  # running statistics other than 0 and 1
+    forward = speed.frozen(model, choice)
+
+    def run():
+        logits = forward(x)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return logits
+    return run
+
+
+def evaluation(device, batch, seconds):
+    """The forward pass of 256/8 k5 p2 in evaluation mode, against the plain model: eager, NCHW, float32."""
+    c = with_settings(PRESETS["light25"], {"batch_size": batch})
+    best = speed.choose(workload(c, device, train=False), device, seconds)
+    ours, exact = forward_pass(device, c, best), forward_pass(device, c, PLAIN)()
+    error = float((ours() - exact).abs().max() / exact.abs().max())
+    with elsewhere(device, forward_pass, device, c, PLAIN) as plain:
+        return compare(f"evaluation, {sizes_of(c)}, batch {batch}", "images/s", batch, ours, *plain,
+                       setting=str(best), relative_error=round(error, 5))
 
 
 def augmentation(data, count=512):
     """RandAugment(2, 12), a draw of its own for each image, against torchvision's on Pillow images, on one thread."""
     images = data.images[:count]
-    pictures = [Image.fromarray(np.ascontiguousarray(i.permute(1, 2, 0).numpy())) for i in images]
-    generator, pillow = torch.Generator().manual_seed(0), RandAugment(2, 12)
+    pictures = [picture(i) for i in images]
+    generator, pillow = torch.Generator().manual_seed(0), transforms.RandAugment(2, 12)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return compare("RandAugment(2, 12), one thread", "images/s", count,
+        return compare("RandAugment(2, 12), one thread", "images/s", len(images),
                        lambda: rand_augment(images, 2, 12, generator), lambda: [pillow(p) for p in pictures])
     finally:
         torch.set_num_threads(threads)
+
+
+def picture(image):
+    """A Pillow image from uint8 (C, H, W)."""
+    return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
+
+
+class Pictures(Dataset):
+    """Pillow images one by one through the transforms of the authors' light script."""
+
+    def __init__(self, data):
+        stats = image_statistics(data.images)
+        self.pictures, self.labels = [picture(i) for i in data.images], data.labels.tolist()
+        self.transform = transforms.Compose([
+            transforms.RandomResizedCrop(data.images.shape[-1], scale=(1.0, 1.0), ratio=(1.0, 1.0)),
+            transforms.RandomHorizontalFlip(), transforms.RandAugment(2, 12), transforms.ToTensor(),
+            transforms.Normalize(stats.mean, stats.std)])
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, i):
+        return self.transform(self.pictures[i]), self.labels[i]
+
+
+def authors_epoch(device, c, count, workers=2):
+    """One epoch as the authors' light script does it: Pillow in workers, eager, NCHW, autocast."""
+    data = colour_images(count)
+    loader = DataLoader(Pictures(data), c.batch_size, shuffle=True, num_workers=workers, drop_last=True,
+                        persistent_workers=True, pin_memory=device.type == "cuda")
+    model = ConvMixer(c.dim, c.depth, c.kernel_size, c.patch_size, len(data.classes)).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), c.lr, weight_decay=c.weight_decay)
+    dtype = speed.choose_precision(device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def epoch():
+        for x, y in loader:
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            optimizer.zero_grad()
+            with speed.autocast(device, dtype):
+                loss = F.cross_entropy(model(x), y)
+            scaler.scale(loss).backward()
+            if c.clip:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), c.clip)
+            scaler.step(optimizer)
+            scaler.update()
+            loss.item()  # the script prints it
+    return epoch
+
+
+def pipeline(data, device, batch, count, seconds):
+    """An epoch over some images, from pictures to updated weights, against the authors' way with two workers."""
+    c = with_settings(PRESETS["light25"], {"batch_size": batch})
+    data, work = data.subset(torch.arange(count)), workload(c, device)
+    best = speed.choose(work, device, seconds)
+    step, numbers = stepper(data, device, best, work.depthwise, c), itertools.count()
+
+    def epoch():
+        number = next(numbers)
+        order = epoch_order(count, 0, number).to(device)
+        for i in range(count // batch):
+            step(order[i * batch:(i + 1) * batch], number, i)
+    images = count // batch * batch
+    with elsewhere(device, authors_epoch, device, c, count) as authors:
+        return compare(f"whole pipeline, light25, batch {batch}, {images} images an epoch", "images/s", images,
+                       synchronised(epoch, device), *authors, warmups=1, setting=str(best))
+
+
+OURS = """
+import sys, torch
+from convmixer_edu.train import *
+from convmixer_edu.train import PRESETS, _choose_depthwise, statistics
+from convmixer_edu.data import load_images
+device, c = choose_device(sys.argv[1]), with_settings(PRESETS["light25"], {"batch_size": 64})
+data = load_images("digits", limit=64, image_size=32)
+model, stats = build_model(c, data, device, _choose_depthwise(c, device)).train(), statistics(data.images)
+scaler = torch.amp.GradScaler(device.type, enabled=False)
+x, y = make_batch(data.images.to(device), data.labels.to(device), 10, stats, c, 0, 0)
+print(float(train_step(model, make_optimizer(model, c), scaler, x, y, c, choose_precision(device))))
+"""
+SCRIPT = """
+import sys, torch, torchvision
+from sklearn.datasets import load_digits
+from torch import nn
+class Residual(nn.Module):
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+    def forward(self, x):
+        return self.fn(x) + x
+h, device = 256, torch.device(sys.argv[1])
+unit = lambda conv: nn.Sequential(conv, nn.GELU(), nn.BatchNorm2d(h))
+model = nn.Sequential(unit(nn.Conv2d(1, h, 2, 2)), *[nn.Sequential(
+    Residual(unit(nn.Conv2d(h, h, 5, groups=h, padding="same"))), unit(nn.Conv2d(h, h, 1))) for _ in range(8)],
+    nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(h, 10)).to(device)
+digits = load_digits()
+x = nn.functional.interpolate(torch.tensor(digits.images[:64, None]).float(), (32, 32)).to(device)
+optimizer = torch.optim.AdamW(model.parameters())
+loss = nn.functional.cross_entropy(model(x), torch.tensor(digits.target[:64]).to(device))
+loss.backward()
+optimizer.step()
+print(float(loss))
+"""
+
+
+def start_up(device):
+    """From an empty process to the first step done, against a script of thirty lines: starts a minute."""
+    def start(code):
+        subprocess.run([sys.executable, "-c", code, str(device)], check=True, stdout=subprocess.DEVNULL)
+    return compare("start-up to first step, batch 64", "starts/min", 60, lambda: start(OURS), lambda: start(SCRIPT),
+                   warmups=1)
 
 
 def colour_images(count):
@@ -115,30 +313,61 @@ def colour_images(count):
             return data
     except FileNotFoundError as error:
         print(f"noise stands in for the images: {error}")
-    digits = load_images("digits", limit=count)
-    noise = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return type(digits)(noise, digits.labels, digits.classes)
+    digits = load_images("digits")
+    shape = (count, 3, 32, 32)
+    noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return type(digits)(noise, torch.arange(count) % len(digits.classes), digits.classes)
+
+
+def rows(data, device, seconds):
+    """The rows, as functions; a GPU gets the recipe's batch and more images."""
+    gpu = device.type == "cuda"
+    yield lambda: training_step(data, device, 64, seconds)
+    yield lambda: training_step(data, device, 128, seconds)
+    yield lambda: training_step(data, device, 128, seconds, kernel_size=9)
+    if gpu:
+        for k in (3, 5, 7, 9):
+            yield lambda k=k: training_step(data, device, 512, seconds, kernel_size=k)
+    yield lambda: evaluation(device, 512 if gpu else 128, seconds)
+    yield lambda: augmentation(data)
+    yield lambda: pipeline(data, device, 512 if gpu else 64, 10240 if gpu else 512, seconds)
+    yield lambda: start_up(device)
+
+
+def table(found, device):
+    """What was found, for a terminal."""
+    shown = Table(title=f"on {speed.device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    for column in ("name", "ours", "baseline", "unit", "ratio", "spread", "kept", "of the floor", "setting"):
+        shown.add_column(column, justify="left" if column in ("name", "unit", "setting") else "right")
+    for row in found:
+        low, high = row["spread"]
+        part = f"{100 * row['part_of_floor']:.0f} %" if "part_of_floor" in row else ""
+        shown.add_row(row["name"], f"{row['ours']:,.1f}", f"{row['baseline']:,.1f}", row["unit"],
+                      f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}",
+                      f"{row['ratio_kept']:.2f}" if "ratio_kept" in row else "", part, row.get("setting", ""))
+    return shown
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", help="cpu or cuda; the best there is by default")
     parser.add_argument("--out", default="_build/bench.json", type=Path)
+    parser.add_argument("--seconds", default=40.0, type=float, help="for each probe of settings not probed before")
+    parser.add_argument("--only", default="", help="rows whose number is among these, such as 0,4")
     arguments = parser.parse_args()
-    device, data = choose_device(arguments.device), colour_images(1024)
-    keep_freed_memory()
-    rows = [training_step(data, device, 64), training_step(data, device, 128),
-            training_step(data, device, 128, kernel_size=9), evaluation(data, device, 128), augmentation(data)]
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
-    table = Table(title=f"on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    for column in ("name", "ours", "baseline", "unit", "ratio", "spread"):
-        table.add_column(column, justify="left" if column in ("name", "unit") else "right")
-    for row in rows:
-        low, high = row["spread"]
-        table.add_row(row["name"], f"{row['ours']:,.1f}", f"{row['baseline']:,.1f}", row["unit"],
-                      f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}")
-    Console().print(table)
+    device, found = choose_device(arguments.device), []
+    speed.keep_freed_memory()
+    wanted = [int(n) for n in arguments.only.split(",") if n]
+    for number, row in enumerate(rows(colour_images(10240 if device.type == "cuda" else 1024), device,
+                                      arguments.seconds)):
+        if wanted and number not in wanted:
+            continue
+        torch._dynamo.reset()  # the same code is compiled for a few shapes only
+        found.append(row())
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+        print(json.dumps(found[-1]), flush=True)
+    Console(width=max(150, Console().width)).print(table(found, device))
 
 
 if __name__ == "__main__":

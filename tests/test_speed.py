@@ -1,0 +1,293 @@
+"""Speed: what the hardware has, the floor by hand, the probe and its cache, the records of the command."""
+
+import json
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from convmixer_edu import speed
+from convmixer_edu.model import ConvMixer
+from convmixer_edu.speed import Choice, Workload
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+TINY = Workload(8, 1, 3, 4, batch_size=4)
+
+
+def gpu_of(major, minor):
+    """A GPU of this compute capability, as far as PyTorch's questions go."""
+    return patch.multiple(torch.cuda, is_available=lambda: True, current_device=lambda: 0,
+                          get_device_properties=lambda device: SimpleNamespace(major=major, minor=minor))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONVMIXER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "speed.json"
+
+
+@pytest.mark.parametrize("name, capability, first", [
+    ("T4", (7, 5), torch.float16), ("A100", (8, 0), torch.bfloat16), ("L4", (8, 9), torch.bfloat16),
+    ("H100", (9, 0), torch.bfloat16)])
+def test_a_gpu_gets_a_type_it_really_has(name, capability, first):
+    with gpu_of(*capability):
+        assert speed.choose_precision(GPU) == first
+        assert (torch.bfloat16 in speed.real_dtypes(GPU)) == (capability >= (8, 0))
+        assert {torch.float16, torch.float32} < set(speed.real_dtypes(GPU)) or first == torch.float16
+        assert speed.choose_precision(GPU, "float32") == torch.float32
+
+
+@pytest.mark.parametrize("avx512_bf16", [False, True])
+@pytest.mark.parametrize("amx", [False, True])
+def test_a_cpu_gets_bfloat16_with_the_instructions_only(avx512_bf16, amx):
+    with patch("torch.cpu._is_avx512_bf16_supported", return_value=avx512_bf16), \
+            patch("torch.cpu._is_amx_tile_supported", return_value=amx):
+        expected = (torch.bfloat16, torch.float32) if avx512_bf16 or amx else (torch.float32,)
+        assert speed.real_dtypes(CPU) == expected
+
+
+def test_an_unknown_device_and_an_old_torch_get_float32():
+    assert speed.real_dtypes(torch.device("mps")) == (torch.float32,)
+    with ExitStack() as stack:
+        for flag in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            if hasattr(torch.cpu, flag):
+                stack.enter_context(patch.object(torch.cpu, flag))
+                delattr(torch.cpu, flag)
+        assert speed.real_dtypes(CPU) == (torch.float32,)
+
+
+def test_memory_is_kept_where_the_library_understands():
+    calls = []
+    library = SimpleNamespace(mallopt=lambda *pair: calls.append(pair) or 1)
+    with patch("ctypes.CDLL", return_value=library):
+        assert speed.keep_freed_memory() is True
+    assert {name for name, _ in calls} == {-1, -3}
+    with patch("ctypes.CDLL", return_value=SimpleNamespace()):
+        assert speed.keep_freed_memory() is False
+
+
+@pytest.mark.parametrize("k, p", [(3, 1), (5, 2)])
+def test_arithmetic_is_what_torch_counts(k, p):
+    work = Workload(16, 2, k, p, batch_size=3, image_size=8)
+    model, x = ConvMixer(16, 2, k, p, 10), torch.randn(3, 3, 8, 8)
+    with FlopCounterMode(display=False) as forward:
+        loss = model(x).sum()
+    assert speed.step_flops(replace(work, train=False)) == forward.get_total_flops()
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    places = 3 * (8 // p) ** 2
+    stem = 2 * places * 3 * p * p * 16  # images need no gradient
+    # torch takes the weight gradient of a depthwise convolution for one of a dense convolution: 16 times the work
+    excess = 2 * (2 * places * k * k * 16) * (16 - 1)
+    assert speed.step_flops(work) == forward.get_total_flops() + backward.get_total_flops() + stem - excess
+
+
+def test_bytes_by_hand():
+    work = Workload(dim=16, depth=2, kernel_size=3, patch_size=4, batch_size=3, image_size=8)
+    activation, image = 3 * 16 * 4, 3 * 3 * 64
+    weights = sum(p.numel() for p in ConvMixer(16, 2, 3, 4, 10).parameters())
+    assert speed.step_bytes(work) == 4 * ((9 + 2 * (14 + 12) + 2) * activation + image) + 40 * weights
+    assert speed.step_bytes(replace(work, train=False), torch.bfloat16) == \
+        2 * ((1 + 2 * (2 + 2) + 1) * activation + image + weights)
+
+
+def test_the_floor_is_the_longer_of_two_times():
+    work = replace(TINY, train=False)
+    flops, moved = speed.step_flops(work), speed.step_bytes(work)
+    floor = speed.floor(work, (flops / 2, moved / 3))
+    assert (floor.arithmetic, floor.memory, floor.seconds) == pytest.approx((2, 3, 3))
+
+
+def test_ceilings_count_operations_and_both_ways_of_a_copy():
+    with patch.object(speed, "_fastest", side_effect=lambda function, device: function() is None or 2.0):
+        flops, copied = speed.ceilings(CPU)
+    assert (flops, copied) == (2 * 2048**3 / 2.0, 2 * 4 * 2**25 / 2.0)
+
+
+def test_every_setting_is_there_once():
+    with patch.object(speed, "real_dtypes", return_value=(torch.bfloat16, torch.float32)):
+        every = speed.choices(CPU)
+    assert len(every) == len({str(c) for c in every}) == 2 * 3 * 2
+    assert not any(c.compile for c in every[:4]), "what needs no compiler comes first"
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_prepare_compiles_the_blocks_as_asked(keep):
+    model = ConvMixer(8, 2, 3, 2, 4)
+    with patch.object(nn.Module, "compile", autospec=True) as compiled:
+        speed.prepare(model, Choice(True, True, not keep))
+    assert [call.args[0] for call in compiled.call_args_list] == [m for m in model if isinstance(m, nn.Sequential)]
+    assert all(call.kwargs["options"] == {"layout_optimization": not keep} for call in compiled.call_args_list)
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    with patch.object(nn.Module, "compile", autospec=True) as compiled:
+        speed.prepare(model, Choice())
+    assert not compiled.called and model[0].weight.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_every_setting_takes_the_same_step(dtype, channels_last):
+    step = speed.make_step(TINY, Choice(channels_last, dtype=dtype), CPU)
+    plain = speed.make_step(TINY, Choice(), CPU)
+    ours, theirs = ([float(f()) for _ in range(12)] for f in (step, plain))
+    assert ours[0] == pytest.approx(theirs[0], rel=0.02)
+    assert ours[-1] < ours[0], "it learns"
+
+
+def test_float16_is_trained_with_a_scaler_and_nothing_else_is():
+    for dtype in ("float32", "bfloat16", "float16"):
+        with patch("torch.amp.GradScaler", wraps=torch.amp.GradScaler) as scaler:
+            speed.make_step(TINY, Choice(dtype=dtype), CPU)
+        assert scaler.call_args.kwargs["enabled"] == (dtype == "float16")
+
+
+@pytest.mark.parametrize("choice", [Choice(), Choice(True, dtype="bfloat16"), Choice(True, True, dtype="bfloat16")],
+                         ids=str)
+def test_a_frozen_model_says_what_the_model_said(choice):
+    torch.manual_seed(0)
+    model, x = ConvMixer(16, 2, 3, 4, 10), torch.randn(8, 3, 16, 16)
+    speed.fast_depthwise(model)
+    with torch.no_grad():
+        model(x)
+        expected = model.eval()(x)
+        model.train()
+        forward = speed.frozen(model, choice)
+        tolerance = 0.03 * expected.abs().max() if choice.dtype != "float32" else 1e-5
+        assert (forward(x) - expected).abs().max() < tolerance and forward(x).dtype == torch.float32
+        before = forward(x)
+        for parameter in model.parameters():
+            parameter.mul_(3)
+        assert model.training and torch.equal(forward(x), before), "a copy: the model can be trained on"
+    assert all(part._compiled_call_impl is None for part in model)
+    assert next(m for m in model.modules() if isinstance(m, speed.nn.Conv2d) and m.groups > 1).method == "shifts"
+
+
+def test_a_step_that_gives_no_number_is_refused():
+    with pytest.raises(ValueError, match="not a finite number"):
+        speed.time_step(lambda: torch.tensor(float("nan")), CPU)
+
+
+def test_a_setting_that_fails_says_why_and_the_next_is_tried():
+    def make(work, choice, device):
+        if choice.channels_last:
+            raise RuntimeError("no such kernel\nand a long story")
+        return lambda: torch.zeros(())
+
+    told = []
+    with patch.object(speed, "make_step", make):
+        timed = speed.probe(TINY, CPU, report=told.append)
+    assert timed == told and [replace(c, images_per_second=0.0, reason="") for c in timed] == speed.choices(CPU)
+    for choice in timed:
+        assert choice.reason == ("RuntimeError: no such kernel" if choice.channels_last else "")
+        assert (choice.images_per_second > 0) != choice.channels_last
+
+
+def test_a_probe_ends_in_time():
+    clock = iter([0.0, 1.0, 11.0] + [11.0] * 99)
+    with patch.object(speed.time, "monotonic", lambda: next(clock)), \
+            patch.object(speed, "_timed", lambda work, choice, device: replace(choice, images_per_second=1.0)):
+        first, *rest = speed.probe(TINY, CPU, seconds=10)
+    assert first.images_per_second and all(c.reason == "not reached in 10 s" for c in rest)
+
+
+def probing(speeds):
+    """A probe that finds these speeds, and a list that counts how often it was asked."""
+    asked = []
+
+    def probe(work, device, seconds, report=None):
+        asked.append(work)
+        return [replace(c, images_per_second=s) for c, s in zip(speed.choices(device), speeds)]
+
+    return patch.object(speed, "probe", probe), asked
+
+
+def test_the_fastest_is_kept_and_found_again(cache):
+    probe, asked = probing([2.0, 9.0, 3.0])
+    with probe:
+        first = speed.choose(TINY, CPU)
+        assert first == replace(speed.choices(CPU)[1], images_per_second=9.0)
+        assert speed.choose(TINY, CPU) == first and len(asked) == 1
+        speed.choose(replace(TINY, batch_size=5), CPU)
+        with patch.object(torch, "__version__", "0.0"):
+            speed.choose(TINY, CPU)
+        with patch.object(torch, "get_num_threads", return_value=99):
+            speed.choose(TINY, CPU)
+        with patch.object(speed, "device_name", return_value="another"):
+            speed.choose(TINY, CPU)
+    assert len(asked) == 5 and len(json.loads(cache.read_text())) == 5
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[1]", '{"a": 1}', '{"a": {"unknown": 1}}'])
+def test_a_damaged_cache_is_made_anew(cache, damage):
+    cache.parent.mkdir()
+    cache.write_text(damage)
+    probe, asked = probing([1.0])
+    with probe:
+        assert speed.choose(TINY, CPU) == speed.choose(TINY, CPU)
+    assert len(asked) == 1
+
+
+def test_a_cache_that_cannot_be_written_does_not_stop_anyone(cache):
+    cache.parent.write_text("a file where the folder should be")
+    probe, asked = probing([1.0])
+    with probe:
+        assert speed.choose(TINY, CPU).images_per_second == 1.0
+        speed.choose(TINY, CPU)
+    assert len(asked) == 2
+
+
+def test_no_setting_that_works_is_an_error_with_its_reason(cache):
+    with patch.object(speed, "make_step", side_effect=RuntimeError("out of memory")):
+        with pytest.raises(RuntimeError, match=r"no setting works on cpu \(RuntimeError: out of memory\)"):
+            speed.choose(TINY, CPU)
+    assert not cache.exists()
+
+
+def test_a_profile_names_what_took_the_time():
+    step = speed.make_step(TINY, Choice(), CPU)
+    every = speed.profile_step(step, CPU, top=1000)
+    assert sum(share for _, share in every) == pytest.approx(1)
+    assert [s for _, s in every] == sorted((s for _, s in every), reverse=True)
+    assert {"aten::convolution_backward", "aten::gelu"} < {name for name, _ in every}
+    assert len(speed.profile_step(step, CPU, top=3)) == 3
+
+
+def run(folder, *more):
+    speed.main(["--out", str(folder), "--device", "cpu", "--dim", "8", "--depth", "1", "--patch-size", "4",
+                "--batch-size", "4", "--kernels", "3", "5", *more])
+
+
+def test_the_command_goes_on_where_it_was(tmp_path, capsys):
+    eager = [c for c in speed.choices(CPU) if not c.compile]
+    with patch.object(speed, "choices", return_value=eager):
+        run(tmp_path, "--seconds", "0")
+        assert capsys.readouterr().out.count("no time left") == 2 and not list(tmp_path.iterdir())
+        run(tmp_path)
+        files = {file.name: json.loads(file.read_text()) for file in tmp_path.iterdir()}
+        assert set(files) == {"train-k3.json", "train-k5.json"}
+        capsys.readouterr()
+        run(tmp_path)
+        assert capsys.readouterr().out.count("there already") == 2
+        run(tmp_path, "--batch-size", "5", "--forward")  # a folder holds both kinds
+    assert {file.name for file in tmp_path.iterdir()} == {*files, "forward-k3.json", "forward-k5.json"}
+    record = files["train-k3.json"]
+    assert record["work"] == asdict(TINY) and record["torch"] == torch.__version__
+    assert record["best"] == max(record["probe"], key=lambda c: c["images_per_second"])
+    assert len(record["probe"]) == len(eager) and len(record["again"]) == min(3, len(eager))
+    longest = max(record["floor"].values())
+    assert record["part_of_floor"] == pytest.approx(longest * record["best"]["images_per_second"] / 4)
+    assert all(shares and shares[0][1] <= 1 for shares in record["profile"].values())
+
+
+def test_it_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "convmixer_edu.speed", "--help"], cwd=ROOT, capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 0 and "--kernels" in done.stdout, done.stderr
