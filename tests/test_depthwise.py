@@ -1,20 +1,28 @@
 """The depthwise convolution: equal to the library's, whatever the layout, the type and the kernel."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from convmixer_edu import depthwise
-from convmixer_edu.depthwise import (DepthwiseConv2d, by_shifts, depthwise_conv, fast_depthwise,
-                                     weight_gradient_methods)
+from convmixer_edu.depthwise import (DepthwiseConv2d, by_compiled_shifts, by_shifts, can_use, choose_method,
+                                     depthwise_conv, fast_depthwise)
 from convmixer_edu.model import ConvMixer
+
+
+METHODS = ("library", "groups", "shifts")  # "triton" has tests of its own
 
 
 @pytest.fixture
 def eager(monkeypatch):
     """The sum over shifts as it is written: compiling it anew for each shape would take minutes."""
-    monkeypatch.setattr(depthwise, "_compiled", by_shifts)
+    monkeypatch.setattr(depthwise, "by_compiled_shifts", by_shifts)
 
 
 def inputs(k, dtype=torch.float32, layout=torch.contiguous_format, size=(3, 8, 7, 6)):
@@ -24,7 +32,7 @@ def inputs(k, dtype=torch.float32, layout=torch.contiguous_format, size=(3, 8, 7
     return [t.requires_grad_() for t in (x, w, b)]
 
 
-@pytest.mark.parametrize("method", weight_gradient_methods())
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("k", [1, 2, 3, 8, 9])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_equal_to_the_library(eager, method, k, layout):
@@ -39,18 +47,23 @@ def test_equal_to_the_library(eager, method, k, layout):
         assert torch.allclose(mine.grad, other.grad, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("method", weight_gradient_methods())
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("k", [3, 4])
 def test_double_precision_gradcheck(eager, method, k):
     small = inputs(k, torch.float64, size=(2, 3, 5, 4))
     assert torch.autograd.gradcheck(lambda *t: depthwise_conv(*t, method=method), small)
 
 
-@pytest.mark.parametrize("k", [3, 4])
-def test_the_compiled_sum_is_the_sum(k):
-    x, grad = (inputs(seed, layout=torch.channels_last)[0].detach() for seed in (k, k + 1))
-    ours, plain = depthwise._compiled(x, grad, k), by_shifts(x, grad, k)
-    assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-4)
+def test_every_shape_is_compiled_also_the_tenth(monkeypatch):
+    """torch.compile gives up after eight shapes, and would run the slow form from then on without an error."""
+    compiled = depthwise._compile()
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    for side in range(3, 13):
+        k = 2 + side % 2
+        x, grad = (inputs(seed, layout=torch.channels_last, size=(2, 4, side, 5))[0].detach() for seed in (k, 9))
+        ours, plain = by_compiled_shifts(x, grad, k), by_shifts(x, grad, k)
+        assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-4)
+    assert compiled is depthwise._compile()
 
 
 def test_bfloat16_is_as_good_as_bfloat16_can_be(eager):
@@ -105,3 +118,139 @@ def test_wrong_use_says_what_was_wrong():
         depthwise_conv(x, w, b, method="best")
     with pytest.raises(ValueError, match=r"\(8, 1, 3, 3\) for 4 channels"):
         depthwise_conv(x[:, :4], w, b)
+
+
+@pytest.mark.parametrize("method", ["groups", "shifts"])
+def test_only_what_is_needed_is_computed(eager, method, monkeypatch):
+    x, w, b = inputs(3)
+    monkeypatch.setattr(depthwise, "weight_gradient", None)  # calling it would raise
+    depthwise_conv(x, w.detach(), b, method=method).sum().backward()
+    assert w.grad is None and torch.allclose(b.grad, torch.full((8,), 3 * 7 * 6.))
+    monkeypatch.undo()
+    monkeypatch.setattr(depthwise, "by_compiled_shifts", by_shifts)
+    monkeypatch.setattr(depthwise, "_input_gradient", None)
+    depthwise_conv(x.detach(), w, None, method=method).sum().backward()
+    assert w.grad is not None
+
+
+def test_the_probe_keeps_the_fastest_that_is_right(eager, monkeypatch):
+    monkeypatch.setattr(depthwise, "_chosen", {})
+    ticks = {"library": 3.0, "groups": 1.0, "shifts": 2.0}
+    monkeypatch.setattr(depthwise, "_milliseconds", lambda step, device: ticks[step.__defaults__[0]])
+    shape = (2, 4, 5, 6)
+    assert choose_method(shape, 3) == ("groups", ticks)
+    monkeypatch.setattr(depthwise, "_milliseconds", None)
+    assert choose_method(list(shape), 3)[0] == "groups", "kept for the process"
+    assert set(depthwise._candidates(shape, 9, torch.float32, torch.device("cpu"), torch.channels_last)) == {
+        "library", "groups"}
+
+
+def test_the_probe_drops_what_is_wrong_or_fails(eager, monkeypatch, caplog):
+    monkeypatch.setattr(depthwise, "_chosen", {})
+    monkeypatch.setattr(depthwise, "by_groups", lambda x, g, k: 2 * by_shifts(x, g, k))
+
+    def broken(*_):
+        raise RuntimeError("no such kernel")
+    monkeypatch.setattr(depthwise, "by_compiled_shifts", broken)
+    name, times = choose_method((2, 4, 5, 6), 3, rounds=1)
+    assert name == "library" and set(times) == {"library"}
+    assert "shifts is left out: RuntimeError" in caplog.text
+
+
+def test_without_triton_the_library_steps_in(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert not can_use("triton", "cpu")
+    x, w, b = inputs(3)
+    assert torch.equal(depthwise_conv(x, w, b, method="triton"), F.conv2d(x, w, b, padding="same", groups=8))
+
+
+def run(script, **environment):
+    """A script in a process of its own; what it printed last, as JSON."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=600,
+                          env={**os.environ, **environment}, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_import_loads_neither_compiler_nor_triton():
+    loaded = run("import json, sys, convmixer_edu.depthwise; print(json.dumps([m for m in sys.modules if m in "
+                 "('triton', 'torch._inductor', 'torch._dynamo', 'convmixer_edu.depthwise_triton')]))")
+    assert loaded == []
+
+
+AGAINST_THE_LIBRARY = """
+import json, torch, torch.nn.functional as F
+from convmixer_edu.depthwise import depthwise_conv, weight_gradient
+device, cases, worst = DEVICE, CASES, []
+for k, kind, layout, (b, h, height, width) in cases:
+    g, dtype = torch.Generator().manual_seed(k), getattr(torch, kind)
+    make = lambda *size: torch.randn(size, generator=g).to(device, dtype)
+    ours = [make(b, h, height, width).contiguous(memory_format=getattr(torch, layout)), make(h, 1, k, k), make(h)]
+    ours = [t.requires_grad_() for t in ours]
+    exact = [t.detach().double().requires_grad_() for t in ours]
+    y, z = depthwise_conv(*ours, method="triton"), F.conv2d(*exact, padding="same", groups=h)
+    up = make(*y.shape)
+    y.backward(up)
+    z.backward(up.double())
+    assert y.dtype == dtype and y.stride() == ours[0].stride(), (y.stride(), ours[0].stride())
+    pairs = [(y, z)] + [(a.grad, e.grad) for a, e in zip(ours, exact)]
+    worst.append(max(float((a.double() - e).abs().max() / e.abs().max()) for a, e in pairs))
+    again = weight_gradient(ours[0], up, k, "triton")
+    assert torch.equal(again, ours[1].grad), "the same bits twice"
+small = [torch.randn(2, 3, 4, 3, dtype=torch.double, device=device, requires_grad=True),
+         torch.randn(3, 1, 2, 2, dtype=torch.double, device=device, requires_grad=True)]
+assert torch.autograd.gradcheck(lambda *t: depthwise_conv(*t, method="triton"), small, fast_mode=True)
+print(json.dumps(worst))
+"""
+CASES = [(1, "float32", "channels_last", (2, 3, 4, 5)), (3, "float32", "contiguous_format", (3, 5, 6, 7)),
+         (4, "float64", "channels_last", (3, 5, 6, 7)), (5, "bfloat16", "channels_last", (5, 70, 3, 2)),
+         (5, "float16", "contiguous_format", (3, 5, 4, 5)), (8, "float32", "channels_last", (2, 9, 7, 4)),
+         (9, "bfloat16", "contiguous_format", (2, 3, 5, 3)), (9, "float32", "channels_last", (1, 2, 10, 9))]
+ALLOWED = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
+
+
+def check_triton(device, cases, **environment):
+    script = AGAINST_THE_LIBRARY.replace("DEVICE", repr(device)).replace("CASES", repr(cases))
+    for case, worst in zip(cases, run(script, **environment), strict=True):
+        assert worst < ALLOWED[case[1]], case
+
+
+def test_triton_in_its_interpreter():
+    pytest.importorskip("triton", reason="Triton is not installed: it exists for Linux")
+    check_triton("cpu", CASES, TRITON_INTERPRET="1")
+
+
+def test_triton_on_a_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU: the kernels are tested in Triton's interpreter and compiled for one")
+    pytest.importorskip("triton", reason="Triton is not installed: it exists for Linux")
+    large = [(k, kind, layout, (33, 100, 16, 17)) for k in (3, 4, 5, 7, 9) for kind in ("float32", "float16")
+             for layout in ("channels_last", "contiguous_format")]
+    check_triton("cuda", CASES + large, TRITON_INTERPRET="0")
+
+
+COMPILE = """
+import json
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+import triton.language as tl
+from convmixer_edu.depthwise_triton import convolve, partial_sums
+sizes = []
+for capability, kind in ((75, "fp16"), (90, "bf16")):
+    for kernel, own in ((convolve, dict(FLIP=True, BIAS=True, PLACES=32, CHANNELS=64)),
+                        (partial_sums, dict(COLUMNS=16, PLACES=8, CHANNELS=32))):
+        own = dict(own, K=9, ACC=tl.float32, xc=1)
+        tensors = {n: "*" + kind for n in ("x", "w", "bias", "grad", "out")}
+        if kernel is partial_sums:
+            tensors["out"] = "*fp32"
+        names = [p.name for p in kernel.params]
+        signature = {n: "constexpr" if n in own else tensors.get(n, "i32") for n in names}
+        done = compile(ASTSource(kernel, signature, own), target=GPUTarget("cuda", capability, 32))
+        sizes.append(len(done.asm["cubin"]))
+print(json.dumps(sizes))
+"""
+
+
+def test_triton_compiles_for_a_t4_and_an_h100():
+    pytest.importorskip("triton", reason="Triton is not installed: it exists for Linux")
+    assert min(run(COMPILE, TRITON_INTERPRET="0")) > 0
