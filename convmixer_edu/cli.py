@@ -406,6 +406,9 @@ def train_command(
         "recipe; may be given again.")] = None,
     price: Annotated[float, typer.Option(
         min=0, help="What an hour costs; shows the bill.")] = 0.0,
+    mirror: Annotated[Path | None, typer.Option(
+        metavar="DIR", help="A second folder that gets a copy of every "
+        "checkpoint, on a drive for example.")] = None,
     tensorboard: Annotated[bool, typer.Option(
         "--tensorboard", help="Write scalars to DIR/tensorboard.")] = False,
     profile: Annotated[bool, typer.Option(
@@ -416,18 +419,18 @@ def train_command(
     "Train a ConvMixer; leave a folder that tells how."
     settings = _settings(pairs or [], epochs=epochs, seed=seed)
     _check_words(preset, device)
-    _check_folder(out, resume)
+    if mirror is not None and resume:
+        _fetch(mirror, out)
+    _first(lambda: _check_folder(out, resume))
     config = _recipe(out, resume, preset, settings)
     if resume:
         data, device = _source_of(out, data), device or _device_of(out)
     watch = _Watch(as_json, price)
     files = _files(out, tensorboard, profile)
     record = _train(config, data or _usual_source(preset), out, resume,
-                    device, watch, files, ctx.obj["args"])
-    if as_json:
-        print(json.dumps({"run": str(out), **record}))
-    else:
-        _show_run(out, record)
+                    device, mirror, watch, files, ctx.obj["args"])
+    _first(lambda: print(json.dumps({"run": str(out), **record}))
+           if as_json else _show_run(out, record))
 
 # %% ../nbs/11_command_line.ipynb #5ebce39f
 def _usual_source(preset):
@@ -451,7 +454,19 @@ def _files(out, tensorboard, profile):
     return made + ([Trace(out / "trace.json")] if profile else [])
 
 
-def _train(config, source, out, resume, device, watch, files, args):
+def _first(do):
+    "What only the first of torchrun's processes does"
+    if os.environ.get("RANK", "0") == "0":
+        do()
+
+
+def _fetch(mirror, out):
+    "Take a run from its mirror, before anything looks into its folder"
+    from convmixer_edu.checkpoint import fetch_mirror
+    _first(lambda: fetch_mirror(mirror, out))
+
+
+def _train(config, source, out, resume, device, mirror, watch, files, args):
     "Call the trainer, watch it, say how it was stopped"
     from convmixer_edu.train import TrainingError, train
     with watch:
@@ -460,7 +475,7 @@ def _train(config, source, out, resume, device, watch, files, args):
             for tell in (watch, *files):
                 tell(event)
         try:
-            return train(config, source, out, resume, device, report)
+            return train(config, source, out, resume, device, report, mirror)
         except TrainingError as error:
             stopped = re.match(r"stopped by signal (\d+)", str(error))
             code = 128 + int(stopped[1]) if stopped else 1

@@ -39,6 +39,7 @@ class Config:
     crop_scale: float = 1.0  # smallest part of the area a crop keeps
     crop_square: bool = False  # crops keep the aspect
     flip: bool = True
+    alternating: bool = False  # flip in turn instead of by chance
     randaug_n: int = 0  # operations an image
     randaug_m: float = 0  # their magnitude
     randaug_spread: float = 0.0  # its standard deviation
@@ -48,6 +49,8 @@ class Config:
     erase_mode: str = "pixel"  # or "const"
     mixup: float = 0.0  # alpha; 0 is off
     cutmix: float = 0.0  # alpha; 0 is off
+    engine: str = "batched"  # who augments; or "timm", with Pillow
+    workers: int = 2  # processes for the engine timm
     init: str = "uniform"  # of depthwise filters; or "covariance"
     seed: int = 0
     holdout: int = 0  # training images kept aside, at most a tenth
@@ -56,6 +59,7 @@ class Config:
     channels_last: bool = True  # the layout of images in memory
     compile: bool = False  # torch.compile for the blocks
     depthwise: str = "auto"  # how its weight gradient is computed
+    probe: bool = False  # time layout, compiler, type; take the fastest
     checkpoint_seconds: float = 60.0  # 0: after every step
 
     def __post_init__(self):
@@ -66,6 +70,7 @@ CHOICES = {  # the settings that are words, and the words they may be
     "precision": ("auto", "float32", "bfloat16", "float16"),
     "depthwise": ("auto", *weight_gradient_methods()),
     "init": ("uniform", "covariance"),
+    "engine": ("batched", "timm"),
 }
 
 
@@ -87,10 +92,11 @@ def check_config(
             raise ValueError(f"{name} is {getattr(c, name)!r}, expected one "
                              f"of {', '.join(allowed)}")
     _check_range("smoothing", c.smoothing, -1e-300, 1, "from 0 to below 1")
-    for name, value in (("seed", c.seed), ("holdout", c.holdout)):
-        if not isinstance(value, int) or value < 0:
+    for name in ("seed", "holdout", "workers"):
+        value = getattr(c, name)
+        if not isinstance(value, int) or not 0 <= value < 2**63:
             raise ValueError(f"{name} is {value!r}, expected a whole number "
-                             "of 0 or above")
+                             "from 0 to 2**63 - 1")
     augmentation(c)
 
 
@@ -104,9 +110,10 @@ def augmentation(
     c: Config,
 ) -> Augment:
     "The part of a recipe that says what happens to the images"
-    return Augment(c.crop_scale, (1, 1) if c.crop_square else (3/4, 4/3),
-                   c.flip, c.randaug_n, c.randaug_m, c.randaug_spread,
-                   c.randaug_policy, c.jitter, c.erase, c.erase_mode)
+    ratio = (1, 1) if c.crop_square else (3/4, 4/3)
+    same = {f.name: getattr(c, f.name) for f in dataclasses.fields(Augment)
+            if hasattr(c, f.name)}  # both call them by the same names
+    return Augment(crop_ratio=ratio, **same)
 
 # %% ../nbs/06a_recipe.ipynb #81f7970b
 def with_settings(

@@ -12,6 +12,7 @@ from convmixer_edu import inference, recipe
 from convmixer_edu import train as t
 from convmixer_edu.checkpoint import keyed_generator, read_checkpoint
 from convmixer_edu.data import ImageSet, load_images
+from convmixer_edu.engines import make_engine
 
 TINY = recipe.Config(dim=8, depth=2, kernel_size=3, patch_size=1, epochs=2, batch_size=64, lr=0.02, limit=300, flip=False,
                 depthwise="library")
@@ -122,19 +123,6 @@ def test_weight_decay_spares_biases_and_norms():
     assert len(everything) == len(list(model.parameters()))
 
 
-def test_precision_follows_the_hardware():
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    for real, dtype in ((True, torch.bfloat16), (False, torch.float16)):
-        with patch("torch.cuda.is_bf16_supported", return_value=real) as asked:
-            assert inference.choose_precision(gpu) == dtype
-        asked.assert_called_once_with(including_emulation=False)
-    for flags in ((False, False), (True, False), (False, True)):
-        with patch("torch.cpu._is_avx512_bf16_supported", return_value=flags[0]), \
-                patch("torch.cpu._is_amx_tile_supported", return_value=flags[1]):
-            assert inference.choose_precision(cpu) == (torch.bfloat16 if any(flags) else torch.float32)
-    assert inference.choose_precision(gpu, "float32") == torch.float32
-
-
 def test_training_works_in_bfloat16(tmp_path):
     c = recipe.with_settings(TINY, {"precision": "bfloat16", "epochs": 1})
     assert t.train(c, "digits", tmp_path / "half", device="cpu")["precision"] == "bfloat16"
@@ -237,6 +225,7 @@ def test_compiled_blocks_train_like_plain_ones(tmp_path):
         model = t.build_model(config, data, torch.device("cpu")).train()
         optimizer = recipe.make_optimizer(model, config)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        x, y = t.make_batch(data.images, data.labels, 10, stats, config, 0, 0)
+        engine = make_engine("batched", data, recipe.augmentation(config), stats.mean, stats.std)
+        x, y = next(engine.batches(0, [(0, torch.arange(64))]))
         losses.append([float(t.train_step(model, optimizer, scaler, x, y, config, torch.float32)) for _ in range(3)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
