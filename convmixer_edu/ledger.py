@@ -65,7 +65,7 @@ def keep(
     (folder / "record.json").write_text(json.dumps(note, indent=1) + "\n")
     return folder
 
-# %% ../nbs/07_cifar10.ipynb #70ac2815
+# %% ../nbs/07_cifar10.ipynb #9233da21
 def _keep_weights(run, folder):
     "The weights as float16, and a card that says what they are"
     from convmixer_edu.checkpoint import read_checkpoint, write_checkpoint
@@ -77,7 +77,7 @@ def _keep_weights(run, folder):
                      for name in ("config.json", "run.json"))
     (folder / "README.md").write_text(model_card(setup, result))
 
-# %% ../nbs/07_cifar10.ipynb #11d60e09
+# %% ../nbs/07_cifar10.ipynb #b2e02112
 CARD = """---
 library_name: convmixer-edu
 license: apache-2.0
