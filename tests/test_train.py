@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+import signal
 from unittest.mock import patch
 
 import numpy as np
@@ -15,7 +17,7 @@ from convmixer_edu.data import ImageSet, load_images
 from convmixer_edu.engines import make_engine
 
 TINY = recipe.Config(dim=8, depth=2, kernel_size=3, patch_size=1, epochs=2, batch_size=64, lr=0.02, limit=300, flip=False,
-                depthwise="library")
+                     depthwise="library")
 
 
 @pytest.fixture(scope="module")
@@ -229,3 +231,88 @@ def test_compiled_blocks_train_like_plain_ones(tmp_path):
         x, y = next(engine.batches(0, [(0, torch.arange(64))]))
         losses.append([float(t.train_step(model, optimizer, scaler, x, y, config, torch.float32)) for _ in range(3)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def interrupted(c, out, step, **more):
+    """Train until a step, be told to stop there, and go on."""
+    def tell(event):
+        if event["event"] == "step" and event["step"] == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(t.TrainingError, match=f"after step {step} of"):
+        t.train(c, "digits", out, device="cpu", report=tell, **more)
+    return t.train(c, "digits", out, resume=True, device="cpu", **more)
+
+
+def weights(out):
+    return read_checkpoint(out / "model.safetensors")[0]
+
+
+@pytest.mark.parametrize("settings", [
+    {"engine": "timm", "workers": 0, "randaug_n": 2, "randaug_m": 9, "randaug_policy": "timm", "mixup": 0.5},
+    {"engine": "timm", "workers": 1, "crop_scale": 0.8, "flip": True, "alternating": True},
+    {"engine": "batched", "flip": True, "alternating": True, "erase": 0.5}], ids=str)
+def test_each_engine_goes_on_where_it_was_stopped(settings, tmp_path):
+    c = recipe.with_settings(TINY, settings)
+    t.train(c, "digits", tmp_path / "whole", device="cpu")
+    interrupted(c, tmp_path / "parts", 3)
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+def test_workers_may_change_on_resume_and_change_nothing(tmp_path):
+    c = recipe.with_settings(TINY, {"engine": "timm", "workers": 0})
+    t.train(c, "digits", tmp_path / "a", device="cpu")
+    t.train(recipe.with_settings(c, {"workers": 2}), "digits", tmp_path / "b", device="cpu")
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert t.train(recipe.with_settings(c, {"workers": 1}), "digits", tmp_path / "a", resume=True, device="cpu")
+
+
+def test_a_probed_setting_is_noted_used_and_kept(tmp_path):
+    found = t.Choice(channels_last=False, dtype="bfloat16", images_per_second=1.0)
+    c = recipe.with_settings(TINY, {"probe": True})
+    with patch.object(t, "choose", return_value=found) as asked:
+        record = interrupted(c, tmp_path / "run", 3)
+    assert asked.call_count == 1 and asked.call_args.args[0].batch_size == 64
+    assert json.loads((tmp_path / "run/config.json").read_text())["choice"] == dataclasses.asdict(found)
+    assert record["precision"] == "bfloat16"
+
+
+def test_a_run_whose_folder_is_lost_goes_on_from_its_mirror(tmp_path):
+    c, out, mirror = recipe.with_settings(TINY, {"checkpoint_seconds": 0}), tmp_path / "run", tmp_path / "drive"
+    t.train(c, "digits", tmp_path / "whole", device="cpu")
+
+    def tell(event):
+        if event["event"] == "step" and event["step"] == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        t.train(c, "digits", out, device="cpu", report=tell, mirror=mirror)
+    shutil.rmtree(out)
+    steps = []
+    t.train(c, "digits", out, resume=True, device="cpu", mirror=mirror,
+            report=lambda e: e["event"] == "step" and steps.append(e["step"]))
+    assert steps[0] == 5
+    whole, parts = weights(tmp_path / "whole"), weights(out)
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    assert (mirror / "run.json").read_bytes() == (out / "run.json").read_bytes()
+    assert not list(mirror.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "run.json"])
+def test_a_damaged_note_is_named(finished, name, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    (out / name).write_text("{")
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        t.train(TINY, "digits", out, resume=True, device="cpu")
+
+
+def test_a_run_begun_before_a_setting_existed_goes_on(finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    old = json.loads((out / "config.json").read_text())
+    del old["config"]["alternating"]
+    (out / "config.json").write_text(json.dumps(old))
+    assert t.train(TINY, "digits", out, resume=True, device="cpu") == finished[1]
