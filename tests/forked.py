@@ -34,8 +34,8 @@ class Process:
                 return
 
     def end(self, number=None):
-        """Send a signal if one is given, and wait for the end; return what was told since, and the exit code."""
-        if number is not None:
+        """Send a signal if one is given and it still runs, wait for the end; return what was told since, and the exit code."""
+        if number is not None and self.process.is_alive():
             os.kill(self.process.pid, number)
         rest = list(self)
         self.process.join(120)
