@@ -53,7 +53,7 @@ def by_compiled_shifts(
     key = x.shape, x.stride(), grad.stride(), x.dtype, kernel_size
     if key in _seen:
         return _compile()(x, grad, kernel_size)
-    _seen.add(key)  # beyond eight shapes torch would stop compiling
+    _seen.add(key)  # after some shapes torch would stop compiling
     with torch._dynamo.config.patch(recompile_limit=256):
         return _compile()(x, grad, kernel_size)
 
@@ -160,7 +160,7 @@ class _Depthwise(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dw = weight_gradient(x, grad, weight.shape[-1], ctx.method)
         if ctx.needs_input_grad[2]:
-            db = grad.sum((2, 3)).sum(0)  # two stages: twice as fast
+            db = grad.sum((2, 3)).sum(0)  # two stages share the work
         return dx, dw, db, None
 
 
