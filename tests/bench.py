@@ -32,10 +32,13 @@ from torchvision import transforms
 from convmixer_edu import speed
 from convmixer_edu.augment import rand_augment
 from convmixer_edu.data import load_images
+from convmixer_edu.depthwise import choose_method
+from convmixer_edu.engines import make_engine
+from convmixer_edu.inference import choose_device
+from convmixer_edu.inference import statistics as image_statistics
 from convmixer_edu.model import ConvMixer
-from convmixer_edu.train import (PRESETS, _choose_depthwise, build_model, choose_device, epoch_order, make_batch,
-                                 make_optimizer, train_step, with_settings)
-from convmixer_edu.train import statistics as image_statistics
+from convmixer_edu.recipe import PRESETS, augmentation, make_optimizer, with_settings
+from convmixer_edu.train import build_model, epoch_order, train_step
 
 ROUNDS = 5
 PLAIN = speed.Choice()  # NCHW, eager, float32
@@ -105,23 +108,25 @@ def synchronised(function, device):
 
 def stepper(data, device, choice, depthwise, c):
     """A training step of a recipe on images as bytes, under a setting: a function of (indices, epoch, step)."""
-    c = with_settings(c, {"channels_last": choice.channels_last})
     dtype, stats = getattr(torch, choice.dtype), image_statistics(data.images)
     model = speed.prepare(build_model(c, data, device, depthwise).train(), choice)
     optimizer = make_optimizer(model, c)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    images, labels = data.images.to(device), data.labels.to(device)
+    engine = make_engine("batched", data, augmentation(c), stats.mean, stats.std, c.seed, device)
+    layout = torch.channels_last if choice.channels_last else torch.contiguous_format
 
     def step(index, epoch=0, number=0):
-        x, y = make_batch(images[index], labels[index], len(data.classes), stats, c, epoch, number)
+        x, y = next(engine.batches(epoch, [(number, index)]))
+        x = x.contiguous(memory_format=layout)
         train_step(model, optimizer, scaler, x, y, c, dtype)
     return step
 
 
 def workload(c, device, **more):
     """What the probe needs to know of a recipe."""
-    return speed.Workload(c.dim, c.depth, c.kernel_size, c.patch_size, c.batch_size,
-                          depthwise=_choose_depthwise(c, device), **more)
+    side = 32 // c.patch_size
+    method, _ = choose_method((c.batch_size, c.dim, side, side), c.kernel_size, speed.choose_precision(device), device)
+    return speed.Workload(c.dim, c.depth, c.kernel_size, c.patch_size, c.batch_size, depthwise=method, **more)
 
 
 def plain_step(device, c):
@@ -267,8 +272,10 @@ from convmixer_edu.data import load_images
 from torch.amp import GradScaler
 device, c = t.choose_device(sys.argv[1]), t.with_settings(t.PRESETS["light25"], {"batch_size": 64})
 data, dtype = load_images("digits", "train", 64, 32), t.choose_precision(device)
-model, stats = t.build_model(c, data, device, t._choose_depthwise(c, device)).train(), t.statistics(data.images)
-x, y = t.make_batch(data.images.to(device), data.labels.to(device), 10, stats, c, 0, 0)
+choice, method = t._choose(c, data, device)
+model, stats = t.build_model(c, data, device, method, choice).train(), t.statistics(data.images)
+engine = t.make_engine("batched", data, t.augmentation(c), stats.mean, stats.std, c.seed, device)
+x, y = next(engine.batches(0, [(0, t.torch.arange(64))]))
 scaler = GradScaler(device.type, enabled=dtype == t.torch.float16)
 print(float(t.train_step(model, t.make_optimizer(model, c), scaler, x, y, c, dtype)))
 """
