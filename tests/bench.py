@@ -293,7 +293,7 @@ optimizer = torch.optim.AdamW(model.parameters())
 loss = nn.functional.cross_entropy(model(x), torch.tensor(digits.target[:64]).to(device))
 loss.backward()
 optimizer.step()
-print(float(loss))
+print(loss.item())
 """
 
 
