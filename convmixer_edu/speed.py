@@ -5,7 +5,7 @@ __all__ = ['VISITS', 'Workload', 'step_flops', 'step_bytes', 'ceilings', 'Floor'
            'keep_freed_memory', 'Choice', 'choices', 'prepare', 'autocast', 'frozen', 'make_step', 'time_step', 'probe',
            'device_name', 'choose', 'profile_step', 'measure', 'main']
 
-# %% ../nbs/P2_speed.ipynb #64c97af3
+# %% ../nbs/P2_speed.ipynb #12bb8e87
 import argparse
 import contextlib
 import ctypes
@@ -27,7 +27,7 @@ from .checkpoint import write_atomically
 from .depthwise import fast_depthwise
 from .model import ConvMixer
 
-# %% ../nbs/P2_speed.ipynb #7a814be4
+# %% ../nbs/P2_speed.ipynb #8c71fcdf
 @dataclass(frozen=True)
 class Workload:
     "The model, the batch and the direction whose speed is asked for"
@@ -42,7 +42,7 @@ class Workload:
     train: bool = True  # a training step, or the forward pass alone
     depthwise: str = "library"  # see `fast_depthwise`
 
-# %% ../nbs/P2_speed.ipynb #75574eb1
+# %% ../nbs/P2_speed.ipynb #c8d0d4c8
 def step_flops(
     work: Workload,
 ) -> int:  # floating point operations
@@ -52,7 +52,7 @@ def step_flops(
                       work.image_size)
     return 2 * macs * work.batch_size * (3 if work.train else 1)
 
-# %% ../nbs/P2_speed.ipynb #7cf25a74
+# %% ../nbs/P2_speed.ipynb #587ac979
 # Visits to an activation: (forward when evaluating, when training, backward)
 VISITS = {
     "patch embedding": (1, 3, 6),
@@ -79,7 +79,7 @@ def step_bytes(
     # AdamW, in float32: a gradient written, four tensors read, three written
     return values * size + weights * (2 * size + 32 if w.train else size)
 
-# %% ../nbs/P2_speed.ipynb #cc91374c
+# %% ../nbs/P2_speed.ipynb #10a62651
 def _wait(device):
     "Until the device has done what it was told"
     if device.type == "cuda":
@@ -113,7 +113,7 @@ def ceilings(
                                           device)
     return flops, copied
 
-# %% ../nbs/P2_speed.ipynb #e209dd3a
+# %% ../nbs/P2_speed.ipynb #ebaf158f
 @dataclass(frozen=True)
 class Floor:
     "The least time of a step, in seconds, by each ceiling"
@@ -135,7 +135,7 @@ def floor(
     return Floor(step_flops(work) / rates[0],
                  step_bytes(work, dtype) / rates[1])
 
-# %% ../nbs/P2_speed.ipynb #a89e3bbf
+# %% ../nbs/P2_speed.ipynb #49132d1a
 def real_dtypes(
     device: torch.device,
 ) -> tuple[torch.dtype, ...]:  # the most promising first
@@ -160,7 +160,7 @@ def choose_precision(
         return real_dtypes(device)[0]
     return getattr(torch, wanted)
 
-# %% ../nbs/P2_speed.ipynb #34d721c5
+# %% ../nbs/P2_speed.ipynb #d8b4b5ed
 def keep_freed_memory() -> bool:
     """Let the C library keep large freed blocks for the next step
 
@@ -173,7 +173,7 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
 
-# %% ../nbs/P2_speed.ipynb #2b1b73e1
+# %% ../nbs/P2_speed.ipynb #bcd2ebe2
 @dataclass(frozen=True)
 class Choice:
     "How to run a model, and how fast it was"
@@ -203,7 +203,7 @@ def choices(
                                        (True, False))
             for dtype in dtypes for layout in (True, False)]
 
-# %% ../nbs/P2_speed.ipynb #926e01de
+# %% ../nbs/P2_speed.ipynb #7bd5ecc9
 def prepare(
     model: nn.Module,  # changed in place, its values are not
     choice: Choice,
@@ -227,7 +227,7 @@ def autocast(
     half = dtype != torch.float32
     return torch.autocast(device.type, dtype if half else None, half)
 
-# %% ../nbs/P2_speed.ipynb #9d48fe1f
+# %% ../nbs/P2_speed.ipynb #f908dea3
 def frozen(
     model: nn.Module,  # copied: it can be trained on
     choice: Choice,
@@ -250,7 +250,7 @@ def frozen(
 
     return forward
 
-# %% ../nbs/P2_speed.ipynb #c63927f1
+# %% ../nbs/P2_speed.ipynb #cc7950ed
 def make_step(
     work: Workload,
     choice: Choice,
@@ -287,7 +287,7 @@ def make_step(
 
     return step
 
-# %% ../nbs/P2_speed.ipynb #bfcd9989
+# %% ../nbs/P2_speed.ipynb #6e476098
 def time_step(
     step,  # a function without arguments
     device: torch.device,
@@ -308,7 +308,7 @@ def time_step(
         took.append((time.perf_counter() - start) / several)
     return statistics.median(took)
 
-# %% ../nbs/P2_speed.ipynb #aa6b821c
+# %% ../nbs/P2_speed.ipynb #f645e695
 def probe(
     work: Workload,
     device: torch.device,
@@ -319,7 +319,7 @@ def probe(
     deadline, timed = time.monotonic() + seconds, []
     for choice in choices(device):
         if time.monotonic() > deadline:
-            choice = replace(choice, reason=f"not reached in {seconds:g} s")
+            choice = replace(choice, reason=f"not reached in {seconds:.3g} s")
         else:
             choice = _timed(work, choice, device)
         timed.append(choice)
@@ -343,7 +343,7 @@ def _timed(work, choice, device):
             torch.cuda.empty_cache()
     return replace(choice, images_per_second=work.batch_size / took)
 
-# %% ../nbs/P2_speed.ipynb #01e97341
+# %% ../nbs/P2_speed.ipynb #603ad76f
 def device_name(
     device: torch.device,
 ) -> str:
@@ -377,7 +377,7 @@ def _read_cache():
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
-# %% ../nbs/P2_speed.ipynb #3d271946
+# %% ../nbs/P2_speed.ipynb #e952f15a
 def choose(
     work: Workload,
     device: torch.device,
@@ -403,7 +403,7 @@ def choose(
         write_atomically(_cache_file(), text.encode())
     return best
 
-# %% ../nbs/P2_speed.ipynb #e8551f9b
+# %% ../nbs/P2_speed.ipynb #08738d68
 def profile_step(
     step,  # a function without arguments
     device: torch.device,
@@ -431,7 +431,7 @@ def profile_step(
     ranked = sorted(took.items(), key=lambda pair: -pair[1])[:top]
     return [(name, t / total) for name, t in ranked]
 
-# %% ../nbs/P2_speed.ipynb #0d0e140e
+# %% ../nbs/P2_speed.ipynb #8011afd9
 def measure(
     work: Workload,
     device: torch.device,
@@ -465,7 +465,7 @@ def measure(
             "part_of_floor": limit.seconds * best.images_per_second
             / work.batch_size, "profile": names}
 
-# %% ../nbs/P2_speed.ipynb #f6ef77ac
+# %% ../nbs/P2_speed.ipynb #52209869
 def main(
     arguments: list[str] | None = None,  # None: the command line's
 ) -> None:
@@ -514,12 +514,12 @@ def _measure_into(out, work, device, left, share):
         return
     print(f"{file}:", flush=True)
     record = measure(work, device, min(left, share) / 2,
-                     lambda c: print(f"  {c!s:43s} "
+                     lambda c: print(f"  {c!s:45s} "
                                      f"{c.images_per_second:9,.0f} images/s "
                                      f"{c.reason}", flush=True))
     write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
     print(f"  {100 * record['part_of_floor']:.0f} % of the floor")
 
-# %% ../nbs/P2_speed.ipynb #5fc84d89
+# %% ../nbs/P2_speed.ipynb #af33af3e
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook
     main()

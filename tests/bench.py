@@ -300,7 +300,7 @@ optimizer = torch.optim.AdamW(model.parameters())
 loss = nn.functional.cross_entropy(model(x), torch.tensor(digits.target[:64]).to(device))
 loss.backward()
 optimizer.step()
-print(float(loss))
+print(loss.item())
 """
 
 
@@ -359,7 +359,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", help="cpu or cuda; the best there is by default")
     parser.add_argument("--out", default="_build/bench.json", type=Path)
-    parser.add_argument("--seconds", default=40.0, type=float, help="for each probe of settings not probed before")
+    parser.add_argument("--seconds", default=25.0, type=float, help="for each probe of settings not probed before")
     parser.add_argument("--only", default="", help="rows whose number is among these, such as 0,4")
     arguments = parser.parse_args()
     device, found = choose_device(arguments.device), []
