@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['WIDTH', 'filter_covariance', 'covariance_init']
 
-# %% ../nbs/P3_filters.ipynb #187925ad
+# %% ../nbs/P3_filters.ipynb #de490048
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +30,7 @@ def filter_covariance(
     both = z[:, None] * z
     return both * (bell(torch.cdist(places, places) ** 2) - both / 2)
 
-# %% ../nbs/P3_filters.ipynb #8afdd464
+# %% ../nbs/P3_filters.ipynb #40e58fdc
 @torch.no_grad()
 def covariance_init(
     model: nn.Module,  # changed in place

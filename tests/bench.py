@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from convmixer_edu import speed
+from convmixer_edu import recipe, speed
 from convmixer_edu.augment import rand_augment
 from convmixer_edu.data import load_images
 from convmixer_edu.depthwise import choose_method
@@ -37,7 +37,7 @@ from convmixer_edu.engines import make_engine
 from convmixer_edu.inference import choose_device
 from convmixer_edu.inference import statistics as image_statistics
 from convmixer_edu.model import ConvMixer
-from convmixer_edu.recipe import PRESETS, augmentation, make_optimizer, with_settings
+from convmixer_edu.recipe import PRESETS, make_optimizer, with_settings
 from convmixer_edu.train import build_model, epoch_order, train_step
 
 ROUNDS = 5
@@ -112,7 +112,7 @@ def stepper(data, device, choice, depthwise, c):
     model = speed.prepare(build_model(c, data, device, depthwise).train(), choice)
     optimizer = make_optimizer(model, c)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    engine = make_engine("batched", data, augmentation(c), stats.mean, stats.std, c.seed, device)
+    engine = make_engine("batched", data, recipe.augmentation(c), stats.mean, stats.std, c.seed, device)
     layout = torch.channels_last if choice.channels_last else torch.contiguous_format
 
     def step(index, epoch=0, number=0):
