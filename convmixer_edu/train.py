@@ -251,9 +251,10 @@ def _loop(run: Run, report, stop):
                 _save(run)
                 saved = time.monotonic()
             if stopped:
+                number = stop[0] if stop else int(signal.SIGTERM)
                 raise TrainingError(
-                    f"stopped by signal {stop[0] if stop else 'of another'} "
-                    f"after step {run.done} of {total}: go on with --resume")
+                    f"stopped by signal {number} after step {run.done} of "
+                    f"{total}: go on with --resume")
 
 # %% ../nbs/06_training.ipynb #7c7d2e2b
 def _one(run: Run, x, y, progress):
@@ -264,6 +265,7 @@ def _one(run: Run, x, y, progress):
         x = x.contiguous(memory_format=torch.channels_last)
     loss = train_step(run.whole, run.optimizer, run.scaler, x, y, run.c,
                       run.dtype)
+    loss = all_sum(loss) / world()  # of all processes' images
     run.loss_sum += loss
     return loss
 
@@ -295,8 +297,7 @@ def _tell(run: Run, report, epoch, step, loss):
 
 def _end_epoch(run: Run, report, epoch):
     "Note what the epoch gave; look at the held-out images if there are any"
-    loss = float(all_sum(run.loss_sum)) / world() / run.steps
-    line = {"epoch": epoch + 1, "loss": loss,
+    line = {"epoch": epoch + 1, "loss": float(run.loss_sum) / run.steps,
             "lr": run.optimizer.param_groups[0]["lr"],
             "seconds": round(run.seconds, 3)}
     if run.held is not None:
@@ -344,6 +345,7 @@ def train(
     _check_share(min(config.batch_size, len(data)))
     run = _open_run(config, source, out, data, held, resume, device, mirror)
     if (out / "run.json").exists():
+        from_main(lambda: _sweep_finished(run))
         return read_json(out / "run.json")
     with stop_signal() as stop:
         _loop(run, report, stop)
@@ -505,8 +507,13 @@ def _leave(run, record):
     write_checkpoint(run.out / "model.safetensors", weights,
                      {"kind": "weights"})
     _write_json(run.out / "run.json", record)
+    _sweep_finished(run)
+
+
+def _sweep_finished(run):
+    "Drop the checkpoints, once the result is safe; killed here, do it again"
     for file in run.out.glob("checkpoint-*.safetensors"):
-        file.unlink()  # the weights are safe now
+        file.unlink()
     _update_mirror(run)
 
 # %% ../nbs/06_training.ipynb #e143ad8f

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -22,8 +23,8 @@ STEPS = TINY.epochs * (350 // 64)
 
 
 def work(tell, out, resume, **settings):
-    """Train, and tell of each event; settings that start with `full_at` fill the disk at that step."""
-    full_at = settings.pop("full_at", None)
+    """Train, and tell of each event; `full_at` is a step after which the disk is full."""
+    full_at, mirror = settings.pop("full_at", None), settings.pop("mirror", None)
 
     def report(event):
         tell(event.get("step", event["event"]))
@@ -31,7 +32,8 @@ def work(tell, out, resume, **settings):
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 
     try:
-        train(replace(TINY, **settings), "digits", out, resume=resume, device="cpu", report=report)
+        train(replace(TINY, **settings), "digits", out, resume=resume, device="cpu", report=report,
+              mirror=mirror)
     except (TrainingError, ValueError) as error:
         tell(str(error))
 
@@ -67,7 +69,7 @@ def contents(out):
 
 def same(one, other):
     (weights, *notes), (weights_too, *notes_too) = contents(one), contents(other)
-    files = [sorted(name for name in os.listdir(out) if not name.startswith(".")) for out in (one, other)]
+    files = [sorted(os.listdir(out)) for out in (one, other)]
     assert files[0] == files[1]
     return (notes == notes_too and weights.keys() == weights_too.keys()
             and all(torch.equal(weights[k], weights_too[k]) for k in weights))
@@ -131,3 +133,33 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_error_and_loses_nothing(undi
     assert not list((tmp_path / "run").glob(".*"))
     rest, code = start(tmp_path / "run", True).end()
     assert code == 0 and rest[0] == 9 and same(undisturbed, tmp_path / "run")
+
+
+def test_the_machine_is_gone_but_the_mirror_is_not(undisturbed, tmp_path):
+    run, drive = tmp_path / "run", tmp_path / "drive"
+    for step in (5, 12, 19):
+        kill_after(start(run, step > 5, mirror=drive), step, 0.01)
+        shutil.rmtree(run)  # a new machine each time
+    rest, code = start(run, True, mirror=drive).end()
+    assert code == 0 and 19 <= rest[0] and same(undisturbed, run) and same(undisturbed, drive)
+
+
+def test_a_mirror_that_goes_away_does_not_stop_the_run(undisturbed, tmp_path):
+    run, drive = tmp_path / "run", tmp_path / "drive"
+    process = start(run, False, mirror=drive)
+    for told in process:
+        if told != "epoch" and told >= 6:
+            drive.rename(tmp_path / "unplugged")
+            break
+    rest, code = process.end()
+    assert code == 0 and rest[-1] == "done" and same(undisturbed, run)
+    rest, code = start(run, True, mirror=tmp_path / "new drive").end()  # another one, afterwards
+    assert code == 0 and same(undisturbed, tmp_path / "new drive")
+
+
+def test_a_damaged_note_is_one_clear_error(undisturbed, tmp_path):
+    for name in ("config.json", "run.json"):
+        shutil.copytree(undisturbed, tmp_path / name)
+        (tmp_path / name / name).write_bytes((undisturbed / name).read_bytes()[:20])
+        rest, code = start(tmp_path / name, True).end()
+        assert code == 0 and f"{name} is damaged" in rest[-1] and "\n" not in rest[-1]

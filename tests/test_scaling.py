@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from unittest.mock import patch
 
 import forked
@@ -15,7 +17,9 @@ from torch import nn
 from torch.distributed import destroy_process_group
 
 from convmixer_edu import distributed as d
-from convmixer_edu.checkpoint import keyed_generator
+from convmixer_edu.checkpoint import keyed_generator, read_checkpoint
+from convmixer_edu.recipe import Config
+from convmixer_edu.train import TrainingError, train
 
 
 def free_port():
@@ -268,3 +272,109 @@ def test_flags_can_be_changed_and_unknown_ones_are_named():
     assert words[words.index("--scale"):][:3] == ["--scale", "0.08", "1.0"]
     with pytest.raises(ValueError, match="there is no flag 'learning-rate'"):
         d.imagenet_flags(learning_rate=1)
+
+
+# The trainer itself
+
+TINY = Config(dim=16, depth=2, kernel_size=3, patch_size=1, epochs=3, batch_size=64, lr=0.005, limit=400, mixup=0.5, cutmix=0.5,
+              randaug_n=1, randaug_m=5, erase=0.25, holdout=35, checkpoint_seconds=0, depthwise="library",
+              precision="float32")
+STEPS = TINY.epochs * (365 // 64)
+
+
+def trains(tell, out, resume, settings):
+    """Train as one of several processes, and tell of each event, the last one the run's record."""
+    try:
+        tell(train(replace(TINY, **settings), "digits", out, resume=resume, device="cpu", report=tell))
+    except (TrainingError, ValueError) as error:
+        tell(str(error))
+
+
+def runs(number, out, resume=False, **settings):
+    return together(number, trains, out, resume, settings)
+
+
+def losses(events):
+    return {e["step"]: e["loss"] for e in events if isinstance(e, dict) and e.get("event") == "step"}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The events of one process, and its folder."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    return ends(runs(1, out))[0], out
+
+
+def same_run(one, other, out, other_out):
+    """The same losses at every step, weights, and counts to the image."""
+    assert losses(one).keys() == losses(other).keys() == set(range(1, STEPS + 1))
+    assert max(abs(losses(one)[step] - losses(other)[step]) for step in losses(one)) < 1e-5
+    weights, weights_too = (read_checkpoint(f / "model.safetensors")[0] for f in (out, other_out))
+    assert weights.keys() == weights_too.keys()
+    assert all(torch.allclose(weights[k].float(), weights_too[k].float(), atol=1e-3) for k in weights)
+    first, second = one[-1], other[-1]
+    for record in (first, second):
+        assert sum(map(sum, record["test_confusion"])) == record["test_images"]
+    assert abs(first["test_loss"] - second["test_loss"]) < 1e-4
+    assert abs(first["test_accuracy"] - second["test_accuracy"]) <= 100 / first["test_images"] + 1e-3
+    lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (out, other_out)]
+    for a, b in zip(*lines, strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-5 and abs(a["held_out_accuracy"] - b["held_out_accuracy"]) < 3
+
+
+def test_two_processes_equal_one(alone, tmp_path):
+    one, out = alone
+    two, silent = ends(runs(2, tmp_path / "run"))
+    same_run(one, two, out, tmp_path / "run")
+    assert [e.get("event") for e in silent] == [None] and silent[0] == two[-1]  # it wrote and told nothing, but knows
+    assert two[-1]["processes"] == 2 and sorted(os.listdir(out)) == sorted(os.listdir(tmp_path / "run"))
+
+
+def test_two_processes_killed_and_resumed_equal_one_and_so_does_a_change_to_four(alone, tmp_path):
+    one, out = alone
+    told = []
+    for stop_at, number, victim in ((4, 2, 0), (8, 2, 1), (STEPS, 4, None)):
+        group = runs(number, tmp_path / "run", resume=bool(told))
+        for event in group[0]:
+            told.append(event)
+            if victim is not None and event.get("step", 0) >= stop_at:
+                group[victim].end(signal.SIGKILL)
+                break
+        for process in group:  # torchrun ends the others
+            told += process.end(signal.SIGKILL if victim is not None else None)[0]
+    records = [e for e in told if isinstance(e, dict) and "event" not in e]
+    assert len(records) == 4
+    events = [e for e in told if isinstance(e, dict) and "event" in e]
+    same_run(one, [*events, records[0]], out, tmp_path / "run")
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
+    group = runs(2, tmp_path / "run", checkpoint_seconds=900)
+    for event in group[0]:
+        if event.get("step", 0) >= 5:
+            os.kill(group[1].process.pid, signal.SIGTERM)
+            break
+    words = [told[-1] for told in ends(group)]
+    assert words[0] == words[1] and "stopped by signal 15 after step" in words[0]
+    assert [int(f.stem.split("-")[1]) for f in (tmp_path / "run").glob("checkpoint-*")] == [int(words[0].split()[6])]
+
+
+def test_errors_reach_all_and_a_batch_must_be_shared_equally(alone, tmp_path):
+    told = ends(runs(2, alone[1]))
+    assert [t[-1].split(": ")[0].endswith("is not empty") for t in told] == [True, True]
+    for t in ends(runs(3, tmp_path / "run")):
+        assert "batch of 64 images cannot be shared by 3 processes" in t[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_torchrun_trains_by_the_module(tmp_path):
+    settings = [f"--set={k}={v}" for k, v in vars(replace(TINY, epochs=1)).items() if v != getattr(Config(), k)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
+               "convmixer_edu.train", "--preset=digits", f"--out={tmp_path}/run", "--device=cpu", "--json", *settings,
+               "--set=weight_decay=2e-5", "--set=init=uniform", "--set=flip=true", "--set=crop_scale=1"]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=300, cwd=tmp_path,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "CONVMIXER_DATA": "digits"})
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)  # one line, from one process
+    assert record["processes"] == 2 and record["steps"] == STEPS // 3
+    assert record["config"] == vars(replace(TINY, epochs=1))
