@@ -417,6 +417,7 @@ d = { 'settings': { 'branch': 'main',
                                      'convmixer_edu.watch.Trace': ('watching.html#trace', 'convmixer_edu/watch.py'),
                                      'convmixer_edu.watch.Trace.__call__': ('watching.html#trace.__call__', 'convmixer_edu/watch.py'),
                                      'convmixer_edu.watch.Trace.__init__': ('watching.html#trace.__init__', 'convmixer_edu/watch.py'),
+                                     'convmixer_edu.watch._profiler': ('watching.html#_profiler', 'convmixer_edu/watch.py'),
                                      'convmixer_edu.watch.bill': ('watching.html#bill', 'convmixer_edu/watch.py'),
                                      'convmixer_edu.watch.curves': ('watching.html#curves', 'convmixer_edu/watch.py'),
                                      'convmixer_edu.watch.together': ('watching.html#together', 'convmixer_edu/watch.py')}}}

@@ -3,15 +3,14 @@
 # %% auto #0
 __all__ = ['together', 'curves', 'LivePlot', 'TensorBoard', 'bill', 'Trace']
 
-# %% ../nbs/06e_watching.ipynb #4d3cb7a3
+# %% ../nbs/06e_watching.ipynb #9d039594
 import math
+import os
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-from torch.profiler import profile
 
 
 def together(
@@ -23,7 +22,7 @@ def together(
             watcher(event)
     return tell
 
-# %% ../nbs/06e_watching.ipynb #d9662d7a
+# %% ../nbs/06e_watching.ipynb #8f431f4f
 def curves(
     losses: list[tuple[int, float]],  # (step, loss)
     accuracies: list[tuple[int, float]],  # (step, per cent), may be empty
@@ -40,7 +39,7 @@ def curves(
                        for name, points in panels)
     return fig, f"A run by step: {now}."
 
-# %% ../nbs/06e_watching.ipynb #fda300bf
+# %% ../nbs/06e_watching.ipynb #783176a4
 class LivePlot:
     "Loss by step and held-out accuracy by epoch, redrawn during a run"
 
@@ -73,7 +72,7 @@ class LivePlot:
         else:
             self.place.update(picture)
 
-# %% ../nbs/06e_watching.ipynb #357fe627
+# %% ../nbs/06e_watching.ipynb #3065d6bd
 class TensorBoard:
     """Writes each event's numbers where TensorBoard finds them
 
@@ -102,7 +101,7 @@ class TensorBoard:
         if event["event"] == "done":
             self.writer.close()
 
-# %% ../nbs/06e_watching.ipynb #9d9c094e
+# %% ../nbs/06e_watching.ipynb #5a9a6394
 def bill(
     seconds: float,  # spent so far
     seconds_left: float,
@@ -111,7 +110,14 @@ def bill(
     "What a run has cost and will have cost"
     return seconds * price / 3600, (seconds + seconds_left) * price / 3600
 
-# %% ../nbs/06e_watching.ipynb #eba3d96b
+# %% ../nbs/06e_watching.ipynb #2b255b23
+def _profiler():
+    "PyTorch's profiler, its tracing library told to keep its diary to itself"
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    from torch.profiler import profile
+    return profile()
+
+
 class Trace:
     """Profiles some steps of a run and writes a trace of them
 
@@ -131,7 +137,7 @@ class Trace:
             return
         step = event.get("step", 0)
         if self.profiler is None and step >= self.first:
-            self.profiler, self.begun = profile(), step
+            self.profiler, self.begun = _profiler(), step
             self.profiler.start()
         elif self.profiler and (step >= self.begun + self.count
                                 or event["event"] == "done"):
