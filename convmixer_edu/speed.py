@@ -5,7 +5,7 @@ __all__ = ['VISITS', 'Workload', 'step_flops', 'step_bytes', 'ceilings', 'Floor'
            'keep_freed_memory', 'Choice', 'choices', 'prepare', 'autocast', 'frozen', 'make_step', 'time_step', 'probe',
            'device_name', 'choose', 'profile_step', 'measure', 'main']
 
-# %% ../nbs/P2_speed.ipynb #12bb8e87
+# %% ../nbs/P2_speed.ipynb #c5efb5c8
 import argparse
 import contextlib
 import ctypes
@@ -27,7 +27,7 @@ from .checkpoint import write_atomically
 from .depthwise import fast_depthwise
 from .model import ConvMixer
 
-# %% ../nbs/P2_speed.ipynb #8c71fcdf
+# %% ../nbs/P2_speed.ipynb #f1d7d330
 @dataclass(frozen=True)
 class Workload:
     "The model, the batch and the direction whose speed is asked for"
@@ -42,7 +42,7 @@ class Workload:
     train: bool = True  # a training step, or the forward pass alone
     depthwise: str = "library"  # see `fast_depthwise`
 
-# %% ../nbs/P2_speed.ipynb #c8d0d4c8
+# %% ../nbs/P2_speed.ipynb #be511464
 def step_flops(
     work: Workload,
 ) -> int:  # floating point operations
@@ -52,7 +52,7 @@ def step_flops(
                       work.image_size)
     return 2 * macs * work.batch_size * (3 if work.train else 1)
 
-# %% ../nbs/P2_speed.ipynb #587ac979
+# %% ../nbs/P2_speed.ipynb #deaeda86
 # Visits to an activation: (forward when evaluating, when training, backward)
 VISITS = {
     "patch embedding": (1, 3, 6),
@@ -79,7 +79,7 @@ def step_bytes(
     # AdamW, in float32: a gradient written, four tensors read, three written
     return values * size + weights * (2 * size + 32 if w.train else size)
 
-# %% ../nbs/P2_speed.ipynb #10a62651
+# %% ../nbs/P2_speed.ipynb #80612870
 def _wait(device):
     "Until the device has done what it was told"
     if device.type == "cuda":
@@ -113,7 +113,7 @@ def ceilings(
                                           device)
     return flops, copied
 
-# %% ../nbs/P2_speed.ipynb #ebaf158f
+# %% ../nbs/P2_speed.ipynb #fdba3321
 @dataclass(frozen=True)
 class Floor:
     "The least time of a step, in seconds, by each ceiling"
@@ -135,7 +135,7 @@ def floor(
     return Floor(step_flops(work) / rates[0],
                  step_bytes(work, dtype) / rates[1])
 
-# %% ../nbs/P2_speed.ipynb #49132d1a
+# %% ../nbs/P2_speed.ipynb #155136ff
 def real_dtypes(
     device: torch.device,
 ) -> tuple[torch.dtype, ...]:  # the most promising first
@@ -160,7 +160,7 @@ def choose_precision(
         return real_dtypes(device)[0]
     return getattr(torch, wanted)
 
-# %% ../nbs/P2_speed.ipynb #d8b4b5ed
+# %% ../nbs/P2_speed.ipynb #f56bdcd2
 def keep_freed_memory() -> bool:
     """Let the C library keep large freed blocks for the next step
 
@@ -173,7 +173,7 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
 
-# %% ../nbs/P2_speed.ipynb #bcd2ebe2
+# %% ../nbs/P2_speed.ipynb #b910a383
 @dataclass(frozen=True)
 class Choice:
     "How to run a model, and how fast it was"
@@ -195,15 +195,18 @@ class Choice:
 
 def choices(
     device: torch.device,
-) -> list[Choice]:  # the cheap and promising first
+) -> list[Choice]:  # the promising ones first
     "Every setting that could be the fastest on this device"
     dtypes = [str(d).removeprefix("torch.") for d in real_dtypes(device)]
-    return [Choice(layout, compiled, optimise, dtype)
-            for compiled, optimise in ((False, True), (True, True),
-                                       (True, False))
-            for dtype in dtypes for layout in (True, False)]
+    compiled = (False, True), (True, True), (True, False)
+    every = [(i + j + k, Choice(last, *how, dtype))  # steps from the first
+             for i, how in enumerate(compiled)
+             for j, dtype in enumerate(dtypes)
+             for k, last in enumerate((True, False))]
+    every.sort(key=lambda pair: (pair[0], not pair[1].compile))
+    return [choice for _, choice in every]
 
-# %% ../nbs/P2_speed.ipynb #7bd5ecc9
+# %% ../nbs/P2_speed.ipynb #bad21964
 def prepare(
     model: nn.Module,  # changed in place, its values are not
     choice: Choice,
@@ -227,7 +230,7 @@ def autocast(
     half = dtype != torch.float32
     return torch.autocast(device.type, dtype if half else None, half)
 
-# %% ../nbs/P2_speed.ipynb #f908dea3
+# %% ../nbs/P2_speed.ipynb #3b6198ba
 def frozen(
     model: nn.Module,  # copied: it can be trained on
     choice: Choice,
@@ -250,7 +253,7 @@ def frozen(
 
     return forward
 
-# %% ../nbs/P2_speed.ipynb #cc7950ed
+# %% ../nbs/P2_speed.ipynb #bae7b407
 def make_step(
     work: Workload,
     choice: Choice,
@@ -287,7 +290,7 @@ def make_step(
 
     return step
 
-# %% ../nbs/P2_speed.ipynb #6e476098
+# %% ../nbs/P2_speed.ipynb #41a5325c
 def time_step(
     step,  # a function without arguments
     device: torch.device,
@@ -308,7 +311,7 @@ def time_step(
         took.append((time.perf_counter() - start) / several)
     return statistics.median(took)
 
-# %% ../nbs/P2_speed.ipynb #f645e695
+# %% ../nbs/P2_speed.ipynb #2cde7f56
 def probe(
     work: Workload,
     device: torch.device,
@@ -343,7 +346,7 @@ def _timed(work, choice, device):
             torch.cuda.empty_cache()
     return replace(choice, images_per_second=work.batch_size / took)
 
-# %% ../nbs/P2_speed.ipynb #603ad76f
+# %% ../nbs/P2_speed.ipynb #19cb412b
 def device_name(
     device: torch.device,
 ) -> str:
@@ -377,7 +380,7 @@ def _read_cache():
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
-# %% ../nbs/P2_speed.ipynb #e952f15a
+# %% ../nbs/P2_speed.ipynb #e46b6cb1
 def choose(
     work: Workload,
     device: torch.device,
@@ -403,7 +406,7 @@ def choose(
         write_atomically(_cache_file(), text.encode())
     return best
 
-# %% ../nbs/P2_speed.ipynb #08738d68
+# %% ../nbs/P2_speed.ipynb #69e180be
 def profile_step(
     step,  # a function without arguments
     device: torch.device,
@@ -431,7 +434,7 @@ def profile_step(
     ranked = sorted(took.items(), key=lambda pair: -pair[1])[:top]
     return [(name, t / total) for name, t in ranked]
 
-# %% ../nbs/P2_speed.ipynb #8011afd9
+# %% ../nbs/P2_speed.ipynb #feb059e5
 def measure(
     work: Workload,
     device: torch.device,
@@ -465,7 +468,7 @@ def measure(
             "part_of_floor": limit.seconds * best.images_per_second
             / work.batch_size, "profile": names}
 
-# %% ../nbs/P2_speed.ipynb #52209869
+# %% ../nbs/P2_speed.ipynb #0b10bd5d
 def main(
     arguments: list[str] | None = None,  # None: the command line's
 ) -> None:
@@ -520,6 +523,6 @@ def _measure_into(out, work, device, left, share):
     write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
     print(f"  {100 * record['part_of_floor']:.0f} % of the floor")
 
-# %% ../nbs/P2_speed.ipynb #af33af3e
+# %% ../nbs/P2_speed.ipynb #75620846
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook
     main()

@@ -116,7 +116,8 @@ def test_every_setting_is_there_once():
     with patch.object(speed, "real_dtypes", return_value=(torch.bfloat16, torch.float32)):
         every = speed.choices(CPU)
     assert len(every) == len({str(c) for c in every}) == 2 * 3 * 2
-    assert not any(c.compile for c in every[:4]), "what needs no compiler comes first"
+    assert [str(c) for c in every[:2]] == ["bfloat16, channels_last, eager", "bfloat16, channels_last, compile"]
+    assert {str(c) for c in every[2:4]} == {"float32, channels_last, eager", "bfloat16, NCHW, eager"}
 
 
 @pytest.mark.parametrize("keep", [False, True])
