@@ -3,14 +3,13 @@
 # %% auto #0
 __all__ = ['together', 'curves', 'LivePlot', 'TensorBoard', 'bill', 'Trace']
 
-# %% ../nbs/06e_watching.ipynb #9d039594
+# %% ../nbs/06e_watching.ipynb #90a267f0
 import math
 import os
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-
 
 
 def together(
@@ -22,7 +21,7 @@ def together(
             watcher(event)
     return tell
 
-# %% ../nbs/06e_watching.ipynb #8f431f4f
+# %% ../nbs/06e_watching.ipynb #c1e3f3c2
 def curves(
     losses: list[tuple[int, float]],  # (step, loss)
     accuracies: list[tuple[int, float]],  # (step, per cent), may be empty
@@ -39,7 +38,7 @@ def curves(
                        for name, points in panels)
     return fig, f"A run by step: {now}."
 
-# %% ../nbs/06e_watching.ipynb #783176a4
+# %% ../nbs/06e_watching.ipynb #81d3642f
 class LivePlot:
     "Loss by step and held-out accuracy by epoch, redrawn during a run"
 
@@ -72,7 +71,7 @@ class LivePlot:
         else:
             self.place.update(picture)
 
-# %% ../nbs/06e_watching.ipynb #3065d6bd
+# %% ../nbs/06e_watching.ipynb #09c59f8a
 class TensorBoard:
     """Writes each event's numbers where TensorBoard finds them
 
@@ -101,7 +100,7 @@ class TensorBoard:
         if event["event"] == "done":
             self.writer.close()
 
-# %% ../nbs/06e_watching.ipynb #5a9a6394
+# %% ../nbs/06e_watching.ipynb #6b102b7a
 def bill(
     seconds: float,  # spent so far
     seconds_left: float,
@@ -110,7 +109,7 @@ def bill(
     "What a run has cost and will have cost"
     return seconds * price / 3600, (seconds + seconds_left) * price / 3600
 
-# %% ../nbs/06e_watching.ipynb #2b255b23
+# %% ../nbs/06e_watching.ipynb #0cd48d5f
 def _profiler():
     "PyTorch's profiler, its tracing library told to keep its diary to itself"
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
