@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['together', 'curves', 'LivePlot', 'TensorBoard', 'bill', 'Trace']
 
-# %% ../nbs/06e_watching.ipynb #90a267f0
+# %% ../nbs/06e_watching.ipynb #486abf0b
 import math
 import os
 import time
@@ -21,7 +21,7 @@ def together(
             watcher(event)
     return tell
 
-# %% ../nbs/06e_watching.ipynb #c1e3f3c2
+# %% ../nbs/06e_watching.ipynb #b97c0d19
 def curves(
     losses: list[tuple[int, float]],  # (step, loss)
     accuracies: list[tuple[int, float]],  # (step, per cent), may be empty
@@ -38,7 +38,7 @@ def curves(
                        for name, points in panels)
     return fig, f"A run by step: {now}."
 
-# %% ../nbs/06e_watching.ipynb #81d3642f
+# %% ../nbs/06e_watching.ipynb #ccdb30d9
 class LivePlot:
     "Loss by step and held-out accuracy by epoch, redrawn during a run"
 
@@ -71,7 +71,7 @@ class LivePlot:
         else:
             self.place.update(picture)
 
-# %% ../nbs/06e_watching.ipynb #09c59f8a
+# %% ../nbs/06e_watching.ipynb #32e973db
 class TensorBoard:
     """Writes each event's numbers where TensorBoard finds them
 
@@ -100,7 +100,7 @@ class TensorBoard:
         if event["event"] == "done":
             self.writer.close()
 
-# %% ../nbs/06e_watching.ipynb #6b102b7a
+# %% ../nbs/06e_watching.ipynb #a41141f1
 def bill(
     seconds: float,  # spent so far
     seconds_left: float,
@@ -109,7 +109,7 @@ def bill(
     "What a run has cost and will have cost"
     return seconds * price / 3600, (seconds + seconds_left) * price / 3600
 
-# %% ../nbs/06e_watching.ipynb #0cd48d5f
+# %% ../nbs/06e_watching.ipynb #93e5d136
 def _profiler():
     "PyTorch's profiler, its tracing library told to keep its diary to itself"
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
