@@ -316,3 +316,17 @@ def test_a_run_begun_before_a_setting_existed_goes_on(finished, tmp_path):
     del old["config"]["alternating"]
     (out / "config.json").write_text(json.dumps(old))
     assert t.train(TINY, "digits", out, resume=True, device="cpu") == finished[1]
+
+
+def test_runs_for_the_ledger_stop_in_time_and_go_on(tmp_path, capsys):
+    import record_runs as runs
+    words = (f"digits:0 digits:1 --out {tmp_path} --data digits --device cpu --set dim=8 --set depth=1 --set epochs=1 "
+             "--set limit=200 --seconds").split()
+    runs.main([*words, "0"])
+    assert "stopped" in capsys.readouterr().out and not (tmp_path / "digits-seed0/run.json").exists()
+    runs.main([*words, "60"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["run"] for line in lines] == ["digits-seed0", "digits-seed1"]
+    before = (tmp_path / "digits-seed0/run.json").read_bytes()
+    runs.main([*words, "60"])
+    assert (tmp_path / "digits-seed0/run.json").read_bytes() == before

@@ -1,0 +1,47 @@
+"""Make runs for the ledger within a time budget: python tests/record_runs.py --out DIR --seconds 540 light25:0 light25:1
+
+Each word is a preset and a seed. A run that the budget cuts off goes on at the next call; one that is finished is left
+alone. The results, without checkpoints, lie in DIR, ready for `convmixer_edu.ledger.keep`.
+"""
+
+import argparse
+import json
+import signal
+import time
+from pathlib import Path
+
+from convmixer_edu.recipe import PRESETS, with_settings
+from convmixer_edu.train import TrainingError, train
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", metavar="PRESET:SEED")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=540.0, help="no step is begun after that")
+    parser.add_argument("--data", help="as in convmixer train")
+    parser.add_argument("--device")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    options = parser.parse_args(arguments)
+    deadline = time.monotonic() + options.seconds
+    settings = dict(pair.split("=", 1) for pair in options.set)
+
+    def watch(event):
+        if event["event"] == "step" and time.monotonic() > deadline:
+            signal.raise_signal(signal.SIGTERM)
+
+    for word in options.runs:
+        preset, seed = word.split(":")
+        out = options.out / f"{preset}-seed{seed}"
+        config = with_settings(PRESETS[preset], {**settings, "seed": seed})
+        try:
+            record = train(config, options.data, out, (out / "config.json").exists(), options.device, watch)
+        except TrainingError as error:
+            print(json.dumps({"run": out.name, "stopped": str(error)}), flush=True)
+            return
+        told = ("test_accuracy", "seconds", "images_per_second", "peak_memory_mb", "device", "precision")
+        print(json.dumps({"run": out.name, **{key: record[key] for key in told}}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
