@@ -12,7 +12,7 @@ from pathlib import Path
 # %% ../nbs/07_cifar10.ipynb #3a6584ed
 KEPT = ("config.json", "run.json", "metrics.jsonl", "model.safetensors",
         "README.md")
-PRETRAINED = "quick8-covariance-seed0"  # the record whose weights we give
+PRETRAINED = "256-8-cpu-seed0"  # the record whose weights we give
 
 
 def pretrained_run() -> Path:
