@@ -87,8 +87,9 @@ datasets: [{source}]
 # ConvMixer-{dim}/{depth}, kernel {kernel_size}, patch {patch_size}
 
 **What it is.** The network of "Patches Are All You Need?" (Trockman and
-Kolter), {parameters:,} weights, as float16. `convmixer predict --pretrained`
-asks it; `convmixer_edu.inference.load_run` loads it.
+Kolter), {parameters:,} weights, as float16. With FOLDER the one this card is
+in, `convmixer predict FOLDER photo.jpg` asks it and
+`convmixer_edu.inference.load_run` loads it.
 
 **Trained on** {source}: {train_images:,} images of {height} x {width} pixels,
 {epochs} epochs, from random first weights ({init}), on {device}.
