@@ -307,6 +307,7 @@ def open_mirror(
                               f"({_reason(error)})") from None
     _check_mirror(mirror / "config.json", folder / "config.json", resume)
     if resume:
+        sweep(mirror)  # what a kill left half copied
         fetch_mirror(mirror, folder)
     return Mirror(folder, mirror)
 

@@ -178,7 +178,9 @@ def test_a_mirror_holds_what_the_run_holds_and_gives_it_back(mirrored, tmp_path)
         file.unlink()
     assert mirror.update() and listing(drive) == listing(run)
     again = tmp_path / "deep" / "again"
+    (drive / ".run.json.1.part").write_text("{")  # a kill in the middle of a copy
     assert isinstance(open_mirror(drive, again, True), Mirror) and listing(again) == listing(run)
+    assert not list(drive.glob(".*.part"))
 
 
 def test_a_fetch_that_broke_off_starts_over(mirrored, tmp_path):
