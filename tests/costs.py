@@ -33,7 +33,7 @@ def main():
         costs[notebook.stem] = {"seconds": round(seconds, 1), "peak_memory_mb": round(peak),
                                 **{key: machine[key] for key in ("device", "threads", "torch")}}
         print(f"{notebook.stem:20s} {seconds:6.1f} s {peak:7.0f} MiB", flush=True)
-    (ROOT / "results" / "chapters.json").write_text(json.dumps(costs, indent=1) + "\n")
+        (ROOT / "results" / "chapters.json").write_text(json.dumps(costs, indent=1) + "\n")
 
 
 if __name__ == "__main__":
