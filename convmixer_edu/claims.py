@@ -4,7 +4,7 @@
 __all__ = ['MARKS', 'STATEMENTS', 'RETESTED', 'CHECKS', 'Claim', 'claims', 'check_row', 'claim', 'table', 'Verdict', 'compared',
            'verdict']
 
-# %% ../nbs/claims.ipynb #4ebe8f36
+# %% ../nbs/claims.ipynb #54a98cf9
 import csv
 import functools
 import html
@@ -18,7 +18,7 @@ from .anatomy import count_macs, count_parameters
 from .distributed import IMAGENET_FLAGS, IMAGENET_GPUS
 from .model import PAPER_MODELS, ConvMixer
 
-# %% ../nbs/claims.ipynb #4a8c6c50
+# %% ../nbs/claims.ipynb #367d66f3
 MARKS = {  # confidence: what it means
     "two_sources": "two independent sources agree",
     "one_source": "one source",
@@ -62,7 +62,7 @@ class Claim:
         return (f'<a class="claim" href="claims.html#{self.id}" '
                 f'title="{html.escape(told)}">{html.escape(self.text)}</a>')
 
-# %% ../nbs/claims.ipynb #477e91c5
+# %% ../nbs/claims.ipynb #d31771fa
 @functools.cache
 def claims(
     file: Path | None = None,  # None: the one that comes with the package
@@ -85,7 +85,7 @@ def claims(
             found[row["id"]] = Claim(**row)
     return found
 
-# %% ../nbs/claims.ipynb #675b2d3a
+# %% ../nbs/claims.ipynb #9b3bc10f
 def check_row(row, line, before):
     "Raises `ValueError` naming the first thing that is wrong with a row"
     def wrong(what):
@@ -105,8 +105,9 @@ def check_row(row, line, before):
         if not row[name].strip():
             wrong(f"{name} is empty: every claim needs one")
     sources = [s for s in row["source"].split(";") if s.strip()]
-    if not sources and row["confidence"] != "recalled":
-        wrong("source is empty: name one, or say that it is recalled")
+    if not sources and row["confidence"] in ("one_source",
+                                             "two_sources"):
+        wrong("source is empty: name one, or call the claim recalled")
     if row["unit"] in ("%", "points", "img/s", "M"):
         try:
             float(row["value"])
@@ -114,7 +115,7 @@ def check_row(row, line, before):
             wrong(f"value is {row['value']!r}, expected a number, since "
                   f"its unit is {row['unit']}")
 
-# %% ../nbs/claims.ipynb #e2c4a123
+# %% ../nbs/claims.ipynb #efc5cd16
 def claim(
     id: str,
 ) -> Claim:
@@ -126,7 +127,7 @@ def claim(
                        f"{', '.join(near)}?")
     return claims()[id]
 
-# %% ../nbs/claims.ipynb #70a07299
+# %% ../nbs/claims.ipynb #31c80146
 def table(
     *ids: str,  # which claims, in this order
 ):
@@ -138,7 +139,7 @@ def table(
                     f"{c.source or MARKS[c.confidence]} |")
     return Markdown("\n".join(rows))
 
-# %% ../nbs/claims.ipynb #4a929a76
+# %% ../nbs/claims.ipynb #6cacd151
 @dataclass(frozen=True)
 class Verdict:
     """What became of a claim"""
@@ -157,7 +158,7 @@ def compared(
     word = "match" if abs(ours - paper) <= tolerance + 1e-9 else "differs"
     return Verdict(word, f"{ours:g}", f"{how}, tolerance {tolerance:g}")
 
-# %% ../nbs/claims.ipynb #b765be19
+# %% ../nbs/claims.ipynb #b6d08197
 def _sizes(subject):
     "(h, d, k, p, n, image side) of a paper model named in a subject"
     h, d = map(int, re.search(r"(\d+)/(\d+)", subject).groups())
@@ -197,7 +198,7 @@ def _macs(c):
                    "without depthwise: " + ", ".join(
                        f"{v:.2f}" for v in short))
 
-# %% ../nbs/claims.ipynb #40b32049
+# %% ../nbs/claims.ipynb #441cf343
 @functools.cache
 def _equal_to_timm():
     "Largest difference to timm's module with copied weights, and shapes"
@@ -230,7 +231,7 @@ def _isotropic(c):
     return Verdict("holds" if len(shapes) == 1 else "fails",
                    f"{len(shapes)} shape after all blocks", "hooks")
 
-# %% ../nbs/claims.ipynb #e143b524
+# %% ../nbs/claims.ipynb #23e77876
 def _quadratic(c):
     "Multiply-accumulates of the attention matrix for N and 2N places"
     from torch.utils.flop_counter import FlopCounterMode
@@ -251,7 +252,7 @@ def _tweet(c):
     return Verdict("holds" if len(TWEET) <= c.number else "fails",
                    str(len(TWEET)), "our own short form, equal to the model")
 
-# %% ../nbs/claims.ipynb #f42e7b7b
+# %% ../nbs/claims.ipynb #50216b83
 def _flags(c):
     "Whether the claim's text holds the value of each flag made from it"
     values = [v for v, id in IMAGENET_FLAGS.values() if id == c.id]
@@ -273,7 +274,7 @@ def _flags(c):
     return Verdict("match" if all(map(found, values)) else "differs",
                    ", ".join(str(v) for v in values), "our ImageNet flags")
 
-# %% ../nbs/claims.ipynb #ed5078b9
+# %% ../nbs/claims.ipynb #7a574b94
 def _schedule(c):
     "The rate at 0, 40, 80 and 100 % of training, in units of the peak"
     from convmixer_edu.recipe import Config, learning_rate
@@ -284,7 +285,7 @@ def _schedule(c):
                    ", ".join(f"{v:g}" for v in at),
                    "our schedule at 0, 40, 80 and 100 %")
 
-# %% ../nbs/claims.ipynb #0e539e29
+# %% ../nbs/claims.ipynb #0e4ee717
 RETESTED = {  # claim: the row of timm's table with the same weights
     "t1-1536-20": "convmixer_1536_20.in1k",
     "t1-768-32": "convmixer_768_32.in1k",
@@ -323,7 +324,7 @@ def _slower(c):
                    " and ".join(f"{r:.1f}" for r in ratios)
                    + " times slower", "timm's benchmark on two GPUs")
 
-# %% ../nbs/claims.ipynb #607fd691
+# %% ../nbs/claims.ipynb #a052fbca
 CHECKS = {  # the claims that can be checked without training
     **{f"params-{m}": _parameters for m in ("1536-20", "768-32", "1024-20")},
     **dict.fromkeys(("p-stem", "p-block", "p-head", "p-separate"),
