@@ -4,7 +4,7 @@
 __all__ = ['MARKS', 'STATEMENTS', 'RETESTED', 'CHECKS', 'Claim', 'claims', 'check_row', 'claim', 'table', 'Verdict', 'compared',
            'verdict']
 
-# %% ../nbs/claims.ipynb #54a98cf9
+# %% ../nbs/claims.ipynb #9ee34337
 import csv
 import functools
 import html
@@ -18,7 +18,7 @@ from .anatomy import count_macs, count_parameters
 from .distributed import IMAGENET_FLAGS, IMAGENET_GPUS
 from .model import PAPER_MODELS, ConvMixer
 
-# %% ../nbs/claims.ipynb #367d66f3
+# %% ../nbs/claims.ipynb #ea58a7d8
 MARKS = {  # confidence: what it means
     "two_sources": "two independent sources agree",
     "one_source": "one source",
@@ -62,7 +62,7 @@ class Claim:
         return (f'<a class="claim" href="claims.html#{self.id}" '
                 f'title="{html.escape(told)}">{html.escape(self.text)}</a>')
 
-# %% ../nbs/claims.ipynb #d31771fa
+# %% ../nbs/claims.ipynb #3d864dad
 @functools.cache
 def claims(
     file: Path | None = None,  # None: the one that comes with the package
@@ -85,7 +85,7 @@ def claims(
             found[row["id"]] = Claim(**row)
     return found
 
-# %% ../nbs/claims.ipynb #9b3bc10f
+# %% ../nbs/claims.ipynb #fe982637
 def check_row(row, line, before):
     "Raises `ValueError` naming the first thing that is wrong with a row"
     def wrong(what):
@@ -115,7 +115,7 @@ def check_row(row, line, before):
             wrong(f"value is {row['value']!r}, expected a number, since "
                   f"its unit is {row['unit']}")
 
-# %% ../nbs/claims.ipynb #efc5cd16
+# %% ../nbs/claims.ipynb #cbd5f70a
 def claim(
     id: str,
 ) -> Claim:
@@ -127,7 +127,7 @@ def claim(
                        f"{', '.join(near)}?")
     return claims()[id]
 
-# %% ../nbs/claims.ipynb #31c80146
+# %% ../nbs/claims.ipynb #e87b7595
 def table(
     *ids: str,  # which claims, in this order
 ):
@@ -139,7 +139,7 @@ def table(
                     f"{c.source or MARKS[c.confidence]} |")
     return Markdown("\n".join(rows))
 
-# %% ../nbs/claims.ipynb #6cacd151
+# %% ../nbs/claims.ipynb #4e89bdb7
 @dataclass(frozen=True)
 class Verdict:
     """What became of a claim"""
@@ -158,7 +158,7 @@ def compared(
     word = "match" if abs(ours - paper) <= tolerance + 1e-9 else "differs"
     return Verdict(word, f"{ours:g}", f"{how}, tolerance {tolerance:g}")
 
-# %% ../nbs/claims.ipynb #b6d08197
+# %% ../nbs/claims.ipynb #a6a4d3df
 def _sizes(subject):
     "(h, d, k, p, n, image side) of a paper model named in a subject"
     h, d = map(int, re.search(r"(\d+)/(\d+)", subject).groups())
@@ -198,7 +198,7 @@ def _macs(c):
                    "without depthwise: " + ", ".join(
                        f"{v:.2f}" for v in short))
 
-# %% ../nbs/claims.ipynb #441cf343
+# %% ../nbs/claims.ipynb #f8b658ef
 @functools.cache
 def _equal_to_timm():
     "Largest difference to timm's module with copied weights, and shapes"
@@ -231,7 +231,7 @@ def _isotropic(c):
     return Verdict("holds" if len(shapes) == 1 else "fails",
                    f"{len(shapes)} shape after all blocks", "hooks")
 
-# %% ../nbs/claims.ipynb #23e77876
+# %% ../nbs/claims.ipynb #3be5c0f8
 def _quadratic(c):
     "Multiply-accumulates of the attention matrix for N and 2N places"
     from torch.utils.flop_counter import FlopCounterMode
@@ -252,7 +252,7 @@ def _tweet(c):
     return Verdict("holds" if len(TWEET) <= c.number else "fails",
                    str(len(TWEET)), "our own short form, equal to the model")
 
-# %% ../nbs/claims.ipynb #50216b83
+# %% ../nbs/claims.ipynb #85015d0e
 def _flags(c):
     "Whether the claim's text holds the value of each flag made from it"
     values = [v for v, id in IMAGENET_FLAGS.values() if id == c.id]
@@ -274,18 +274,17 @@ def _flags(c):
     return Verdict("match" if all(map(found, values)) else "differs",
                    ", ".join(str(v) for v in values), "our ImageNet flags")
 
-# %% ../nbs/claims.ipynb #7a574b94
+# %% ../nbs/claims.ipynb #1fcf65e0
 def _schedule(c):
     "The rate at 0, 40, 80 and 100 % of training, in units of the peak"
-    from convmixer_edu.recipe import Config, learning_rate
-    config = Config(epochs=10, lr=1.0)
-    at = [learning_rate(config, share*10) for share in (0, .4, .8, 1)]
+    from convmixer_edu.recipe import learning_rate
+    at = [learning_rate(share, 1.0) for share in (0, .4, .8, 1)]
     same = all(abs(a - b) < 1e-6 for a, b in zip(at, (0, 1, .05, 0)))
     return Verdict("match" if same else "differs",
                    ", ".join(f"{v:g}" for v in at),
                    "our schedule at 0, 40, 80 and 100 %")
 
-# %% ../nbs/claims.ipynb #0e4ee717
+# %% ../nbs/claims.ipynb #5e73aa8d
 RETESTED = {  # claim: the row of timm's table with the same weights
     "t1-1536-20": "convmixer_1536_20.in1k",
     "t1-768-32": "convmixer_768_32.in1k",
@@ -324,7 +323,7 @@ def _slower(c):
                    " and ".join(f"{r:.1f}" for r in ratios)
                    + " times slower", "timm's benchmark on two GPUs")
 
-# %% ../nbs/claims.ipynb #a052fbca
+# %% ../nbs/claims.ipynb #14747043
 CHECKS = {  # the claims that can be checked without training
     **{f"params-{m}": _parameters for m in ("1536-20", "768-32", "1024-20")},
     **dict.fromkeys(("p-stem", "p-block", "p-head", "p-separate"),
