@@ -18,12 +18,16 @@ from pathlib import Path
 import nbformat
 from docutils import nodes
 from sphinx.addnodes import pending_xref
+from sphinx.transforms import SphinxTransform
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "convmixer_edu"
 DIRECTIVE = re.compile(r"\s*#\s*\|\s*(?P<name>[\w-]+):?\s*(?P<value>.*?)\s*$")
 EXPORTS = {"export", "exporti", "exports"}
 HIDDEN = {"hide", "default_exp"}
+FIGURE = {"label", "fig-cap"}
+MARKED = {"exercise": "exercise", "check": "hide-input"}  # directive with any value -> a tag
+CLAIM = re.compile(r"\[([^\]]+)\]\(claims\.ipynb#([\w-]+)\)")
 TAGS = {  # (directive, value) -> the tag that MyST-NB knows
     ("echo", "false"): "remove-input",
     ("output", "false"): "remove-output",
@@ -52,6 +56,10 @@ def read(text, digest="", skip=()):
                     tags.append(f"module-{value or module}")
                 elif name in skip:
                     tags.append("skip-execution")
+                elif name in MARKED:
+                    tags.append(MARKED[name])
+                elif name in FIGURE:
+                    cell.metadata[name] = value
                 elif (name, value) in TAGS:
                     tags.append(TAGS[name, value])
                 else:
@@ -60,9 +68,18 @@ def read(text, digest="", skip=()):
                 cell.metadata["tags"] = tags
             # outputs are cached under the cells and their metadata: name what else decides them
             cell.metadata["digest"] = digest
+        else:
+            cell.source = CLAIM.sub(claim_link, cell.source)
         cells.append(cell)
     notebook.cells = cells
     return notebook
+
+
+def claim_link(match):
+    """Return a link to a claim as HTML that names its source; an unknown claim is an error."""
+    from convmixer_edu.claims import claim
+
+    return claim(match[2]).link(match[1])
 
 
 def split_directives(source):
@@ -108,6 +125,23 @@ def use_reader(app, config):
     config.nb_custom_formats = {".ipynb": ("nbdev_reader.read", options, False)}
 
 
+class NumberFigures(SphinxTransform):
+    """Make the output of a cell with a label and a caption a numbered figure that text can point at."""
+
+    default_priority = 100
+
+    def apply(self):
+        for cell in list(self.document.findall(nodes.container)):
+            about = cell.get("cell_metadata", {})
+            if cell.get("nb_element") != "cell_code" or "label" not in about:
+                continue
+            (output,) = (part for part in cell.children if part.get("nb_element") == "cell_code_output")
+            caption = nodes.caption(about["fig-cap"], about["fig-cap"])
+            figure = nodes.figure("", output.deepcopy(), caption, names=[about["label"]])
+            output.replace_self(figure)
+            self.document.note_explicit_target(figure, figure)
+
+
 def mark_exports(app, doctree):
     """Above a cell that the package is made of, say which module it goes to."""
     for cell in doctree.findall(lambda node: "cell" in node.get("classes", ())
@@ -123,6 +157,8 @@ def mark_exports(app, doctree):
 def add_docments(app, what, name, obj, options, lines):
     """Add nbdev's parameter comments to a docstring, which is plain text, on the API page."""
     lines[:] = [plain_to_rst(line) for line in lines]
+    if what in {"function", "class"} and (chapter := home(obj)):
+        lines += ["", f"Defined in :doc:`{chapter}`."]
     if what not in {"function", "method", "class"}:
         return
     from fastcore.docments import docments
@@ -138,6 +174,13 @@ def add_docments(app, what, name, obj, options, lines):
             lines.append(f":param {parameter}: {plain_to_rst(' '.join(comment.split()))}")
         elif comment and parameter == "return":
             lines.append(f":returns: {plain_to_rst(' '.join(comment.split()))}")
+
+
+def home(obj):
+    """Return the chapter, as a document of the book, that a function or class is written in."""
+    module = sys.modules.get(getattr(obj, "__module__", None) or "")
+    found = re.search(r"File to edit: \.\./(nbs/\w+)\.ipynb", inspect.getsource(module)) if module else None
+    return found and f"/{found[1]}"
 
 
 def skip_member(app, what, name, obj, skip, options):
@@ -181,6 +224,7 @@ def drop_thebe(app, pagename, templatename, context, doctree):
 
 def setup(app):
     """Connect the above to Sphinx."""
+    app.add_transform(NumberFigures)
     app.connect("config-inited", use_reader)
     app.connect("builder-inited", copy_mathjax)
     app.connect("doctree-read", mark_exports)

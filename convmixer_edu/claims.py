@@ -4,7 +4,7 @@
 __all__ = ['MARKS', 'STATEMENTS', 'RETESTED', 'CHECKS', 'Claim', 'claims', 'check_row', 'claim', 'table', 'Verdict', 'compared',
            'verdict']
 
-# %% ../nbs/claims.ipynb #9ee34337
+# %% ../nbs/claims.ipynb #6d6e12ff
 import csv
 import functools
 import html
@@ -18,7 +18,7 @@ from .anatomy import count_macs, count_parameters
 from .distributed import IMAGENET_FLAGS, IMAGENET_GPUS
 from .model import PAPER_MODELS, ConvMixer
 
-# %% ../nbs/claims.ipynb #ea58a7d8
+# %% ../nbs/claims.ipynb #f1203fb2
 MARKS = {  # confidence: what it means
     "two_sources": "two independent sources agree",
     "one_source": "one source",
@@ -56,13 +56,17 @@ class Claim:
             "recalled", "derived") else ""
         return f"{self.value} {self.unit}".strip() + (mark and f", {mark}")
 
-    def link(self) -> str:
-        "The text, as HTML that leads to this page and names the source"
+    def link(
+        self,
+        text: str | None = None,  # None: the value with its unit and mark
+    ) -> str:
+        "The value, as HTML that leads to this page and names the source"
         told = f"{self.section}: {self.source or MARKS[self.confidence]}"
         return (f'<a class="claim" href="claims.html#{self.id}" '
-                f'title="{html.escape(told)}">{html.escape(self.text)}</a>')
+                f'title="{html.escape(told)}">'
+                f"{html.escape(text or self.text)}</a>")
 
-# %% ../nbs/claims.ipynb #3d864dad
+# %% ../nbs/claims.ipynb #7f8b6195
 @functools.cache
 def claims(
     file: Path | None = None,  # None: the one that comes with the package
@@ -85,7 +89,7 @@ def claims(
             found[row["id"]] = Claim(**row)
     return found
 
-# %% ../nbs/claims.ipynb #fe982637
+# %% ../nbs/claims.ipynb #1b140f4f
 def check_row(row, line, before):
     "Raises `ValueError` naming the first thing that is wrong with a row"
     def wrong(what):
@@ -115,7 +119,7 @@ def check_row(row, line, before):
             wrong(f"value is {row['value']!r}, expected a number, since "
                   f"its unit is {row['unit']}")
 
-# %% ../nbs/claims.ipynb #cbd5f70a
+# %% ../nbs/claims.ipynb #bce96477
 def claim(
     id: str,
 ) -> Claim:
@@ -127,7 +131,7 @@ def claim(
                        f"{', '.join(near)}?")
     return claims()[id]
 
-# %% ../nbs/claims.ipynb #e87b7595
+# %% ../nbs/claims.ipynb #e5a73372
 def table(
     *ids: str,  # which claims, in this order
 ):
@@ -139,7 +143,7 @@ def table(
                     f"{c.source or MARKS[c.confidence]} |")
     return Markdown("\n".join(rows))
 
-# %% ../nbs/claims.ipynb #4e89bdb7
+# %% ../nbs/claims.ipynb #16df1e17
 @dataclass(frozen=True)
 class Verdict:
     """What became of a claim"""
@@ -158,7 +162,7 @@ def compared(
     word = "match" if abs(ours - paper) <= tolerance + 1e-9 else "differs"
     return Verdict(word, f"{ours:g}", f"{how}, tolerance {tolerance:g}")
 
-# %% ../nbs/claims.ipynb #a6a4d3df
+# %% ../nbs/claims.ipynb #0f0d02fd
 def _sizes(subject):
     "(h, d, k, p, n, image side) of a paper model named in a subject"
     h, d = map(int, re.search(r"(\d+)/(\d+)", subject).groups())
@@ -198,7 +202,7 @@ def _macs(c):
                    "without depthwise: " + ", ".join(
                        f"{v:.2f}" for v in short))
 
-# %% ../nbs/claims.ipynb #f8b658ef
+# %% ../nbs/claims.ipynb #71e4880c
 @functools.cache
 def _equal_to_timm():
     "Largest difference to timm's module with copied weights, and shapes"
@@ -231,7 +235,7 @@ def _isotropic(c):
     return Verdict("holds" if len(shapes) == 1 else "fails",
                    f"{len(shapes)} shape after all blocks", "hooks")
 
-# %% ../nbs/claims.ipynb #3be5c0f8
+# %% ../nbs/claims.ipynb #0c8b51be
 def _quadratic(c):
     "Multiply-accumulates of the attention matrix for N and 2N places"
     from torch.utils.flop_counter import FlopCounterMode
@@ -252,7 +256,7 @@ def _tweet(c):
     return Verdict("holds" if len(TWEET) <= c.number else "fails",
                    str(len(TWEET)), "our own short form, equal to the model")
 
-# %% ../nbs/claims.ipynb #85015d0e
+# %% ../nbs/claims.ipynb #2d24b9ca
 def _flags(c):
     "Whether the claim's text holds the value of each flag made from it"
     values = [v for v, id in IMAGENET_FLAGS.values() if id == c.id]
@@ -274,7 +278,7 @@ def _flags(c):
     return Verdict("match" if all(map(found, values)) else "differs",
                    ", ".join(str(v) for v in values), "our ImageNet flags")
 
-# %% ../nbs/claims.ipynb #1fcf65e0
+# %% ../nbs/claims.ipynb #7ccbd3b6
 def _schedule(c):
     "The rate at 0, 40, 80 and 100 % of training, in units of the peak"
     from convmixer_edu.recipe import learning_rate
@@ -284,7 +288,7 @@ def _schedule(c):
                    ", ".join(f"{v:g}" for v in at),
                    "our schedule at 0, 40, 80 and 100 %")
 
-# %% ../nbs/claims.ipynb #5e73aa8d
+# %% ../nbs/claims.ipynb #92ebf957
 RETESTED = {  # claim: the row of timm's table with the same weights
     "t1-1536-20": "convmixer_1536_20.in1k",
     "t1-768-32": "convmixer_768_32.in1k",
@@ -323,7 +327,7 @@ def _slower(c):
                    " and ".join(f"{r:.1f}" for r in ratios)
                    + " times slower", "timm's benchmark on two GPUs")
 
-# %% ../nbs/claims.ipynb #14747043
+# %% ../nbs/claims.ipynb #d0d6ff37
 CHECKS = {  # the claims that can be checked without training
     **{f"params-{m}": _parameters for m in ("1536-20", "768-32", "1024-20")},
     **dict.fromkeys(("p-stem", "p-block", "p-head", "p-separate"),

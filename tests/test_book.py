@@ -1,7 +1,9 @@
 """The built book: no warning, no traceback, no outside request, every figure described."""
 
+import dataclasses
 import functools
 import http.server
+import inspect
 import re
 import subprocess
 import sys
@@ -11,10 +13,16 @@ from urllib.parse import unquote, urldefrag, urlsplit
 
 import pytest
 import yaml
+import prose
 from browser import browser_page, find_browser
 from bs4 import BeautifulSoup
 from conftest import ROOT, environment, real_data
 from nbdev.config import get_config
+
+from convmixer_edu.anatomy import count_macs
+from convmixer_edu.claims import claims
+from convmixer_edu.model import ConvMixer
+from convmixer_edu.recipe import Config
 
 HTML = ROOT / "_build" / "html"
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text("utf8"))
@@ -95,6 +103,48 @@ def test_figures_are_described(built, page):
         title = figure.find("title")
         assert (inside.get("aria-label") or (title and title.get_text())
                 or figure.find_parent(attrs={"aria-hidden": "true"})), "an inline figure without a description"
+
+
+@every_notebook
+def test_numbers_in_prose_are_computed_or_claims(built, page):
+    """A number that a page tells stands in its code or output, or is a claim of the paper, or has a reason."""
+    path = ROOT / f"{page}.ipynb"
+    told = prose.cells(path, "markdown")
+    outputs = "\n".join(node.get_text(" ") for node in soup(page).select(".cell_output"))
+    known = prose.values("\n".join(
+        [*prose.cells(path, "code"), outputs, *(prose.clean(text)[2] for text in told)]))
+    free = prose.FREE.get(path.stem, {})
+    unbound = [(number, text[:60]) for text in told for number in prose.unbound(text, known) if number not in free]
+    assert not unbound
+    assert not [wrong for text in told for wrong in prose.wrong_claims(text)]
+
+
+def test_every_claim_is_shown_in_its_chapter(built):
+    for claim in claims().values():
+        page = soup(f"nbs/{claim.chapter}")
+        assert page.select(f"a[href='claims.html#{claim.id}']"), f"{claim.id} is not in {claim.chapter}"
+
+
+def test_sentences_about_the_paper_name_a_claim(built):
+    """Each paragraph that says what the paper says leads to a row it can be traced to."""
+    bare = [(page, node.get_text()[:80]) for page in NOTEBOOKS for node in soup(page).select("article p")
+            if node.get_text().startswith("What the paper says") and not node.select("a.claim")]
+    assert not bare
+
+
+def test_figures_and_equations_are_numbered(built):
+    for page in NOTEBOOKS:
+        for figure in soup(page).select("figure[id^=fig-]"):
+            assert figure.select_one(".caption-number"), figure["id"]
+            assert figure.select_one("svg"), figure["id"]
+
+
+def test_symbols_are_the_names_in_the_code():
+    text = (ROOT / "nbs" / "notation.md").read_text("utf8")
+    named = set(re.findall(r"^\| [\w, ]+ \| `(\w+)` \|", text, re.M))
+    known = set(inspect.signature(ConvMixer).parameters) | set(inspect.signature(count_macs).parameters)
+    known |= {field.name for field in dataclasses.fields(Config)}
+    assert len(named) > 6 and named <= known
 
 
 @every_notebook

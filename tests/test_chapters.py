@@ -1,5 +1,7 @@
-"""Every chapter runs from top to bottom: offline, without CIFAR-10, from a folder of its own."""
+"""Every chapter runs from top to bottom: offline, without CIFAR-10, from a folder of its own; its exercises answer."""
 
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -8,15 +10,17 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, offline
+from exercise_cells import exercises, with_answers
 
 SECONDS = 300
 CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
 
 
 def run(path, folder):
-    """Run a chapter in a process of one thread, in a copy of what a checkout has around it."""
+    """Run a chapter, and every answer to its exercises, in a process of one thread."""
     (folder / "nbs").mkdir()
-    shutil.copy(path, folder / "nbs")
+    notebook = with_answers(json.loads(path.read_text("utf8")))
+    (folder / "nbs" / path.name).write_text(json.dumps(notebook))
     shutil.copy(ROOT / "settings.ini", folder)
     tool = Path(sys.executable).with_name("nbdev_test")
     return subprocess.run(
@@ -41,3 +45,13 @@ def test_chapter_runs(path, running):
         pytest.fail(f"{path.name} did not end within {SECONDS} s")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "Success" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", [path for path in CHAPTERS if path.stem not in {"index", "exercises"}],
+                         ids=lambda path: path.stem)
+def test_chapter_has_exercises(path):
+    notebook = json.loads(path.read_text("utf8"))
+    posed = [cell for cell in notebook["cells"] if re.match(r"\*\*\d+\.", "".join(cell["source"]))]
+    assert 3 <= len(posed) <= 5
+    assert all("<details>" in "".join(cell["source"]) for cell in posed), "an exercise without a folded solution"
+    assert len(exercises(notebook)) >= 2, "fewer than two exercises are checked"

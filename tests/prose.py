@@ -1,0 +1,119 @@
+"""Find the numbers in a chapter's prose that its page does not compute, and the claims it shows wrongly."""
+
+import json
+import re
+
+SMALL = 10  # whole numbers up to here are free: "three channels", "5 blocks"
+NAMES = [  # numbers that are parts of names
+    r"[A-Za-z]+-[A-Z]?\d[\w./-]*(?:/\d+)*",  # ResNet-50, CIFAR-10, ConvMixer-256/8, ViT-B/16, ImageNet-1k
+    r"\b(?:[A-Za-z]+_)+\w+",  # convmixer_1536_20
+    r"\b[A-Za-z]+\d[\w.]*",  # float32, H200, B1, k5, RTX4090
+    r"\b\d+/\d+\b(?: k\d+| p\d+)*",  # 1536/20
+    r"\b(?:RTX|T|V|A|GTX|i)\s?\d+\w*(?: Ti)?",
+    r"\b(?:19|20)\d\d\b",  # years
+    r"(?:Sec\.|Fig\.|Figs\.|Table|Tables|App\.|Sections?|[Cc]hapters?|[Ee]xercises?|[Ff]igures?|Python|torch|PyTorch|timm|Colab|"
+    r"recipe|torchvision|Pillow|CUDA|Triton|arXiv:|O)\s*\(?[\d.]+(?:(?:,| and|-) ?[\d.]+)*",
+    r"^\s*\d+\.\s",  # the numbers of a list
+    r"\*\*\d+\.",  # and of an exercise
+    r"\w+\^\d+|²|³",
+]
+UNITS = r"\s*(?:%|percent|points?\b|s\b|ms\b|seconds?\b|minutes?\b|hours?\b|days?\b|[KMGT]i?B\b|img/s|images a second|times\b|GMACs?|px|pixels wide)"
+NUMBER = re.compile(r"(?<![\w.])(\d[\d,]*(?:\.\d+)?)(?:(\s*(?:thousand|million|billion|M|G|k))\b)?(" + UNITS + ")?")
+SCALE = {"thousand": 1e3, "k": 1e3, "million": 1e6, "M": 1e6, "billion": 1e9, "G": 1e9, "hundred": 100}
+ONES = {word: i for i, word in enumerate(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen".split())}
+TENS = {word: 10 * i for i, word in enumerate("- - twenty thirty forty fifty sixty seventy eighty ninety".split()) if i > 1}
+WORD = re.compile(
+    rf"\b(?:(?:{'|'.join(TENS)})(?:-(?:{'|'.join(list(ONES)[1:10])}))?|{'|'.join(ONES)}|half a|a)(?: and a half)?"
+    r"(?:[ -](?:hundred|thousand|million|billion))*\b|\b(?:hundred|thousand|million|billion)\b")
+CLAIM = re.compile(r"\[([^\]]+)\]\((?:claims\.ipynb)#([\w-]+)\)")
+FREE = {  # chapter: {number as written: why it need not be computed}
+}
+
+
+def clean(markdown):
+    """Return (claims shown, prose without claims, code, formulas, addresses and names)."""
+    shown = CLAIM.findall(markdown)
+    text = CLAIM.sub(" ", markdown)
+    code = re.findall(r"```.*?```|`[^`\n]+`", text, re.S)
+    text = re.sub(r"```.*?```|`[^`\n]+`", " ", text, flags=re.S)
+    text = re.sub(r"\$\$.*?\$\$(?: \([\w-]+\))?|\$[^$\n]+\$", " ", text, flags=re.S)
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    text = re.sub(r"<[^>]*>|https?://\S+", " ", text)
+    for name in NAMES:
+        text = re.sub(name, " ", text, flags=re.M)
+    return shown, text, "\n".join(code)
+
+
+def spelled(words):
+    """Return the number that English words stand for, such as 'two and a half billion'."""
+    value = 0.0
+    for word in re.split(r"[ -]", words.replace(" and a half", " plus_half")):
+        if word in ONES or word in TENS:
+            value += ONES.get(word, TENS.get(word))
+        elif word == "plus_half":
+            value += 0.5
+        elif word == "half":
+            value = 0.5
+        elif word in SCALE:
+            value = (value or 1) * SCALE[word]
+    return value
+
+
+def in_prose(text):
+    """Return (as written, value, last digit's worth) for each number that must be bound."""
+    found = []
+    for match in NUMBER.finditer(text):
+        digits, scale, unit = match[1].rstrip(","), (match[2] or "").strip(), match[3]
+        value, size = float(digits.replace(",", "")), SCALE.get(scale, 1)
+        if value <= SMALL and value == int(value) and "." not in digits and not scale and not unit:
+            continue
+        places = len(digits.partition(".")[2])
+        found.append((match[0].strip(), value * size, 10.0**-places * size))
+    for match in WORD.finditer(text):
+        value = spelled(match[0])
+        if value > SMALL or any(word in SCALE for word in match[0].split()):
+            exact = 1 if value < 100 else 10 ** (len(str(int(value))) - 1)
+            found.append((match[0], value, exact / 2 if " and a half" in match[0] else exact))
+    return found
+
+
+def values(text):
+    """Return all numbers in code and outputs."""
+    found = set()
+    for digits, scale in re.findall(r"(?<![A-Za-z_\d.])-?(\d[\d,_]*(?:\.\d+)?(?:e[+-]?\d+)?)(?:\s*(M|G|k|million|billion)\b)?", text):
+        try:
+            value = float(digits.replace(",", "").replace("_", ""))
+        except ValueError:
+            continue
+        found |= {value, value * SCALE.get(scale, 1)}
+        found |= {float(part) for part in re.split(r"[,_]", digits) if re.fullmatch(r"\d+(?:\.\d+)?", part)}
+    return found
+
+
+def unbound(markdown, page):
+    """Return the numbers of a Markdown cell that neither code nor outputs of its page hold, to the precision written."""
+    _, text, _ = clean(markdown)
+    return [written for written, value, worth in in_prose(text)
+            if not any(abs(factor * known - value) <= worth / 2 * 1.000001 for known in page for factor in (1, 100))]
+
+
+def wrong_claims(markdown):
+    """Return the claims that a Markdown cell shows with a text that is not the file's."""
+    from convmixer_edu.claims import STATEMENTS, claim
+
+    wrong = []
+    for text, id in clean(markdown)[0]:
+        c = claim(id)
+        if c.number is None and (c.quantity in STATEMENTS or not re.fullmatch(r"[\d., %]+", text)):
+            continue  # a statement, or several values at once: told in the chapter's words
+        if text != c.text:
+            wrong.append(f"{id} is shown as {text!r}, expected {c.text!r}")
+    return wrong
+
+
+def cells(path, kind):
+    """Return the sources of a notebook's cells of one kind."""
+    notebook = json.loads(path.read_text("utf8"))
+    return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == kind]

@@ -1,0 +1,87 @@
+"""The claims: a sound file, texts as the file says, verdicts that can go either way."""
+
+import csv
+import html
+import shutil
+from pathlib import Path
+
+import pytest
+
+import convmixer_edu
+from convmixer_edu import claims as module
+from convmixer_edu.claims import Verdict, check_row, claim, claims, compared, verdict
+from convmixer_edu.exercises import check, same
+
+FILE = Path(convmixer_edu.__file__).with_name("claims.csv")
+
+
+def test_every_claim_can_be_read():
+    with open(FILE, encoding="utf8", newline="") as lines:
+        assert len(claims()) == sum(1 for _ in csv.reader(lines)) - 1 > 80
+    assert all(id == c.id for id, c in claims().items())
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"confidence": "sure"}, "confidence is 'sure'"), ({"id": "Bad id"}, "an id is made of"),
+    ({"value": "some"}, "expected a number"), ({"source": " "}, "source is empty"), ({"subject": ""}, "subject is empty"),
+    ({"chapter": None}, "one value for each column"), ({"id": "params-768-32"}, "is taken"),
+])
+def test_a_broken_row_is_named(change, told):
+    row = {**vars(claim("t1-1536-20")), **change}
+    with pytest.raises(ValueError, match=told):
+        check_row(row, 7, {"params-768-32": None})
+
+
+def test_a_file_with_other_columns_is_refused(tmp_path):
+    text = FILE.read_text("utf8")
+    (tmp_path / "c.csv").write_text(text.replace("confidence", "trust", 1))
+    with pytest.raises(ValueError, match="expected .*confidence"):
+        claims(tmp_path / "c.csv")
+    shutil.copy(FILE, tmp_path / "same.csv")
+    assert claims(tmp_path / "same.csv") == claims()
+
+
+def test_an_unknown_claim_is_answered_with_its_neighbours():
+    with pytest.raises(KeyError, match="t1-1536-20"):
+        claim("t1-1536-2")
+
+
+def test_weak_claims_say_so_wherever_they_are_shown():
+    for c in claims().values():
+        weak = c.confidence in ("recalled", "derived")
+        assert c.text.endswith(c.confidence) == weak
+        assert html.escape(c.text) in c.link() and f"#{c.id}" in c.link()
+
+
+@pytest.mark.parametrize("id", list(claims()))
+def test_verdicts_follow_from_rules(id):
+    assert verdict(id).word in {"match", "differs", "holds", "open", "not run"}
+
+
+def test_a_verdict_can_be_the_other_one(monkeypatch):
+    assert compared(1.0, 1.04, 0.05, "").word == "match" and compared(1.0, 1.06, 0.05, "").word == "differs"
+    wrong = {**module.IMAGENET_FLAGS, "lr": (0.02, "setup-lr")}
+    monkeypatch.setattr(module, "IMAGENET_FLAGS", wrong)
+    assert verdict("setup-lr").word == "differs" and verdict("setup-ra").word == "match"
+    monkeypatch.setattr(module, "count_parameters", lambda *sizes, **more: 1)
+    assert verdict("params-1536-20") == Verdict("differs", "0", "counted by the formula, tolerance 0")
+    assert verdict("m-formula").word == "differs"
+    monkeypatch.setattr(module, "count_macs", lambda *sizes, **more: 1e9)
+    assert verdict("m-macs").word == "differs"
+    monkeypatch.setattr(module, "_equal_to_timm", lambda: (1e-3, {(1,), (2,)}))
+    assert verdict("p-block").word == "fails" and verdict("p-isotropic").word == "fails"
+
+
+def test_answers_are_compared_as_people_would():
+    assert same(1, 1.0) and same([1, (2, 3)], (1, [2, 3])) and same("Yes ", "yes") and same({"a": 1}, {"a": 1})
+    assert not same(1, True) and not same(1, "1") and not same([1], [1, 2]) and not same(None, 0)
+
+
+def test_an_answer_is_open_right_or_wrong():
+    def state(answer, **more):
+        return check(answer, 4, {2: "two", 8: "eight"}, **more)
+
+    assert state(...).state == "open" and state((1, ...)).state == "open" and state(4.0).state == "right"
+    assert state(8).sentence == "eight" and state(5).state == "wrong" and "not a mistake" in state(5).sentence
+    assert check(lambda x: 1 / x, 1, by=lambda f: f(0)).sentence.endswith("division by zero")
+    assert check(3, lambda a: a % 2 == 1).state == "right"
