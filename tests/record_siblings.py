@@ -1,0 +1,127 @@
+"""Train the isotropic relatives side by side: python tests/record_siblings.py --out DIR --budget 1500
+
+About the same number of parameters, the same seconds of training, one recipe but for the learning rate, which each arm
+chooses from the same few values on held-out images. One JSON file a run; a file that is there is not made again.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from convmixer_edu.augment import Augment
+from convmixer_edu.data import load_images, split_holdout
+from convmixer_edu.depthwise import choose_method, fast_depthwise
+from convmixer_edu.engines import make_engine
+from convmixer_edu.inference import choose_device, score, statistics
+from convmixer_edu.isotropic import MLPMixer, ResMLP, ViT
+from convmixer_edu.model import ConvMixer
+from convmixer_edu.recipe import PRESETS, learning_rate, make_optimizer
+from convmixer_edu.speed import choose_precision, keep_freed_memory
+from convmixer_edu.train import _machine, batches, steps_per_epoch, train_step
+
+SCALES = {  # seconds a run, seconds a trial of a rate, and the arms: images of 32 pixels
+    "quick": (60.0, 20.0, {
+        "ConvMixer": lambda: ConvMixer(128, 4, 5, 4, 10),
+        "ViT": lambda: ViT(48, 4, heads=3, ratio=2.4),
+        "MLP-Mixer": lambda: MLPMixer(48, 4),
+        "ResMLP": lambda: ResMLP(46, 4)}),
+    "full": (150.0, 40.0, {
+        "ConvMixer": lambda: ConvMixer(256, 8, 5, 2, 10),
+        "ViT": lambda: ViT(96, 6, patch_size=2, ratio=3),
+        "MLP-Mixer": lambda: MLPMixer(76, 6, patch_size=2),
+        "ResMLP": lambda: ResMLP(76, 4, patch_size=2)}),
+}
+RATES = (0.002, 0.006, 0.02)
+
+
+def fit(build, data, test, lr, seed, seconds, device):
+    """Train for so many seconds; return what a record holds of it."""
+    c = replace(PRESETS["quick"], lr=lr, seed=seed, precision="auto")
+    stats, dtype = statistics(data.images), choose_precision(device)
+    torch.manual_seed(seed)
+    model = build()
+    if isinstance(model[0], nn.Conv2d):  # ConvMixer: its layout and its gradient, as the package trains it
+        model = model.to(device, memory_format=torch.channels_last)
+        side = data.images.shape[-1] // model[0].kernel_size[0]
+        kernel = model[3][0].fn[0].kernel_size[0]
+        method, _ = choose_method((c.batch_size, model[0].out_channels, side, side), kernel, dtype, device)
+        fast_depthwise(model, method)
+    model.to(device)
+    optimizer, scaler = make_optimizer(model, c), torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    engine = make_engine("batched", data, Augment(), stats.mean, stats.std, seed, device)
+    steps, done, spent, history, sums = steps_per_epoch(len(data), c.batch_size), 0, 0.0, [], []
+    batch = next(batches(engine, c, 0, 0))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for _ in range(3):  # the first steps allocate: not part of the race
+        train_step(model, optimizer, scaler, *batch[1:], c, dtype)
+    model.load_state_dict(before)
+    optimizer, started = make_optimizer(model, c), time.monotonic()
+    while spent < seconds:
+        for _, x, y in batches(engine, c, done // steps, done % steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(min(1.0, spent / seconds), lr)
+            sums.append(train_step(model, optimizer, scaler, x, y, c, dtype))
+            done, spent = done + 1, time.monotonic() - started
+            if spent > seconds * (len(history) + 1) / 10:
+                history.append({"seconds": round(spent, 2), "loss": float(torch.stack(sums).mean())})
+                sums = []
+            if spent >= seconds:
+                break
+    seen = score(model.eval(), test, stats, dtype=dtype)
+    return {"lr": lr, "seed": seed, "seconds": round(spent, 2), "steps": done, "epochs": round(done / steps, 3),
+            "parameters": sum(weight.numel() for weight in model.parameters()), "history": history,
+            "accuracy": seen["accuracy"], "loss": seen["loss"], **_machine(device, dtype)}
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--scale", choices=SCALES, default="quick")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds; no run is begun that would not end in it")
+    parser.add_argument("--data")
+    parser.add_argument("--device")
+    parser.add_argument("--limit", type=int, help="only so many training images, for a try")
+    parser.add_argument("--seconds", type=float, help="another length of a run, for a try")
+    options = parser.parse_args(arguments)
+    started, device = time.monotonic(), choose_device(options.device)
+    seconds, trial, arms = SCALES[options.scale]
+    if options.seconds:
+        seconds = trial = options.seconds
+    keep_freed_memory()
+    whole = load_images(options.data, "train", limit=options.limit)
+    test = load_images(options.data, "test", limit=options.limit)
+    rest, held = split_holdout(whole, len(whole) // 10, 0)
+    (options.out / "rates").mkdir(parents=True, exist_ok=True)
+    plan = [("rates", arm, lr, 0) for lr in RATES for arm in arms]
+    plan += [("", arm, None, seed) for seed in range(options.seeds) for arm in arms]
+    for folder, arm, lr, seed in plan:
+        name = f"{arm}-{lr}.json" if folder else f"{arm}-seed{seed}.json"
+        file, length = options.out / folder / name, trial if folder else seconds
+        if file.exists():
+            continue
+        if time.monotonic() - started + 1.3 * length > options.budget:
+            print(f"stopped before {name}: call again to go on")
+            return
+        if folder:
+            record = fit(arms[arm], rest, held, lr, seed, length, device)
+        else:
+            found = [json.loads(f.read_text()) for f in sorted((options.out / "rates").glob(f"{arm}-*.json"))]
+            tried = {f"{r['lr']:g}": r["accuracy"] for r in found}
+            best = max(found, key=lambda r: r["accuracy"])["lr"]
+            record = fit(arms[arm], whole, test, best, seed, length, device)
+            record.update(test_accuracy=record.pop("accuracy"), test_loss=record.pop("loss"), tried=tried)
+        record.update(arm=arm, scale=options.scale, command="python tests/record_siblings.py",
+                      train_images=len(whole if not folder else rest), train_fingerprint=whole.fingerprint)
+        file.write_text(json.dumps(record, indent=1) + "\n")
+        told = {key: record.get(key) for key in ("arm", "lr", "seed", "epochs", "accuracy", "test_accuracy")}
+        print(json.dumps(told), flush=True)
+
+
+if __name__ == "__main__":
+    main()
