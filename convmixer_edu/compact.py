@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['TWEET', 'pour', 'from_text', 'tweet_model']
 
-# %% ../nbs/D_implementation.ipynb #023e7780
+# %% ../nbs/D_implementation.ipynb #d264e90f
 from torch import nn
 
 
@@ -22,7 +22,7 @@ def pour(
     model.load_state_dict(dict(zip(mine, theirs.values())))
     return model
 
-# %% ../nbs/D_implementation.ipynb #c0812d10
+# %% ../nbs/D_implementation.ipynb #4e1c06bf
 TWEET = """
 import torch.nn as t
 S=t.Sequential
@@ -30,7 +30,7 @@ class R(S):forward=lambda s,x:x+S.forward(s,x)
 def C(h,d,k,p,n):u=lambda i,*a:(t.Conv2d(i,h,*a),t.GELU(),t.BatchNorm2d(h));return S(*u(3,p,p),*[S(R(*u(h,k,1,"same",1,h)),*u(h,1))for i in[0]*d],t.AdaptiveAvgPool2d(1),t.Flatten(),t.Linear(h,n))
 """.strip()
 
-# %% ../nbs/D_implementation.ipynb #5cdb3df6
+# %% ../nbs/D_implementation.ipynb #1f61ad46
 def from_text(
     text: str = TWEET,  # Python that defines C(h, d, k, p, n)
 ):
