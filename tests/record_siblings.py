@@ -2,18 +2,24 @@
 
 About the same number of parameters, the same seconds of training, one recipe but for the learning rate, which each arm
 chooses from the same few values on held-out images. One JSON file a run; a file that is there is not made again.
+
+--part eps tries the same with AdamW's usual eps on the held-out images; --part shuffled trains two arms, at the rates
+they chose, in a world in which the patches of every image, for training and for testing, stand in one other order.
 """
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from convmixer_edu.augment import Augment
+from convmixer_edu.checkpoint import write_atomically
 from convmixer_edu.data import load_images, split_holdout
 from convmixer_edu.depthwise import choose_method, fast_depthwise
 from convmixer_edu.engines import make_engine
@@ -37,11 +43,28 @@ SCALES = {  # seconds a run, seconds a trial of a rate, and the arms: images of 
         "ResMLP": lambda: ResMLP(76, 4, patch_size=2)}),
 }
 RATES = (0.002, 0.006, 0.02)
+USUAL_EPS, USUAL_RATES = 1e-8, (0.0006, 0.002, 0.006)  # of --part eps
+SHUFFLED = ("ConvMixer", "MLP-Mixer")  # the arms of --part shuffled
 
 
-def fit(build, data, test, lr, seed, seconds, device):
+class Shuffle(nn.Module):
+    """Square images with their patches in another order, the same for all."""
+
+    def __init__(self, patch, side):
+        super().__init__()
+        order = torch.randperm((side // patch) ** 2, generator=torch.Generator().manual_seed(0))
+        pixels = torch.arange(float(side * side)).view(1, 1, side, side)
+        columns = F.unfold(pixels, patch, stride=patch)[:, :, order]
+        self.register_buffer("pixels", F.fold(columns, side, patch, stride=patch).long().flatten())
+
+    def forward(self, x):
+        """(B, c, H, W) -> the same shape."""
+        return x.flatten(2)[:, :, self.pixels].view(x.shape)
+
+
+def fit(build, data, test, lr, seed, seconds, device, eps=PRESETS["quick"].eps, shuffle=False):
     """Train for so many seconds; return what a record holds of it."""
-    c = replace(PRESETS["quick"], lr=lr, seed=seed, precision="auto")
+    c = replace(PRESETS["quick"], lr=lr, seed=seed, eps=eps, precision="auto")
     stats, dtype = statistics(data.images), choose_precision(device)
     torch.manual_seed(seed)
     model = build()
@@ -51,6 +74,9 @@ def fit(build, data, test, lr, seed, seconds, device):
         kernel = model[3][0].fn[0].kernel_size[0]
         method, _ = choose_method((c.batch_size, model[0].out_channels, side, side), kernel, dtype, device)
         fast_depthwise(model, method)
+    if shuffle:
+        patch = next(layer.stride[0] for layer in model.modules() if isinstance(layer, nn.Conv2d))
+        model = nn.Sequential(Shuffle(patch, data.images.shape[-1]), model)
     model.to(device)
     optimizer, scaler = make_optimizer(model, c), torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     engine = make_engine("batched", data, Augment(), stats.mean, stats.std, seed, device)
@@ -73,7 +99,8 @@ def fit(build, data, test, lr, seed, seconds, device):
             if spent >= seconds:
                 break
     seen = score(model.eval(), test, stats, dtype=dtype)
-    return {"lr": lr, "seed": seed, "seconds": round(spent, 2), "steps": done, "epochs": round(done / steps, 3),
+    return {"lr": lr, "eps": eps, "shuffled": shuffle, "seed": seed, "seconds": round(spent, 2),
+            "steps": done, "epochs": round(done / steps, 3),
             "parameters": sum(weight.numel() for weight in model.parameters()), "history": history,
             "accuracy": seen["accuracy"], "loss": seen["loss"], **_machine(device, dtype)}
 
@@ -88,6 +115,7 @@ def main(arguments=None):
     parser.add_argument("--device")
     parser.add_argument("--limit", type=int, help="only so many training images, for a try")
     parser.add_argument("--seconds", type=float, help="another length of a run, for a try")
+    parser.add_argument("--part", choices=("race", "eps", "shuffled"), default="race")
     options = parser.parse_args(arguments)
     started, device = time.monotonic(), choose_device(options.device)
     seconds, trial, arms = SCALES[options.scale]
@@ -97,30 +125,41 @@ def main(arguments=None):
     whole = load_images(options.data, "train", limit=options.limit)
     test = load_images(options.data, "test", limit=options.limit)
     rest, held = split_holdout(whole, len(whole) // 10, 0)
-    (options.out / "rates").mkdir(parents=True, exist_ok=True)
-    plan = [("rates", arm, lr, 0) for lr in RATES for arm in arms]
-    plan += [("", arm, None, seed) for seed in range(options.seeds) for arm in arms]
-    for folder, arm, lr, seed in plan:
-        name = f"{arm}-{lr}.json" if folder else f"{arm}-seed{seed}.json"
-        file, length = options.out / folder / name, trial if folder else seconds
+    for folder, arm, lr, seed in plan(options, arms):
+        file = options.out / folder / (f"{arm}-{lr}.json" if lr else f"{arm}-seed{seed}.json")
         if file.exists():
             continue
-        if time.monotonic() - started + 1.3 * length > options.budget:
-            print(f"stopped before {name}: call again to go on")
+        if time.monotonic() - started + 1.3 * (trial if lr else seconds) > options.budget:
+            print(f"stopped before {file.name}: call again to go on")
             return
-        if folder:
-            record = fit(arms[arm], rest, held, lr, seed, length, device)
+        if lr:
+            more = {"eps": USUAL_EPS} if folder == "eps" else {}
+            record = fit(arms[arm], rest, held, lr, seed, trial, device, **more)
         else:
-            found = [json.loads(f.read_text()) for f in sorted((options.out / "rates").glob(f"{arm}-*.json"))]
-            tried = {f"{r['lr']:g}": r["accuracy"] for r in found}
+            found = [json.loads(f.read_text()) for f in sorted((options.out / "rates").glob(f"{arm}-[0-9]*.json"))]
+            if not found:
+                raise SystemExit(f"{options.out}/rates holds no trial of {arm}: make --part race first")
             best = max(found, key=lambda r: r["accuracy"])["lr"]
-            record = fit(arms[arm], whole, test, best, seed, length, device)
-            record.update(test_accuracy=record.pop("accuracy"), test_loss=record.pop("loss"), tried=tried)
-        record.update(arm=arm, scale=options.scale, command="python tests/record_siblings.py",
-                      train_images=len(whole if not folder else rest), train_fingerprint=whole.fingerprint)
-        file.write_text(json.dumps(record, indent=1) + "\n")
+            record = fit(arms[arm], whole, test, best, seed, seconds, device, shuffle=folder == "shuffled")
+            record.update(test_accuracy=record.pop("accuracy"), test_loss=record.pop("loss"),
+                          tried={f"{r['lr']:g}": r["accuracy"] for r in found})
+        record.update(arm=arm, scale=options.scale, train_images=len(rest if lr else whole),
+                      train_fingerprint=whole.fingerprint,
+                      command=" ".join(["python tests/record_siblings.py", *(arguments or sys.argv[1:])]))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
         told = {key: record.get(key) for key in ("arm", "lr", "seed", "epochs", "accuracy", "test_accuracy")}
         print(json.dumps(told), flush=True)
+
+
+def plan(options, arms):
+    """Return (folder, arm, rate to try or None for a run at the chosen one, seed), in order."""
+    if options.part == "eps":
+        return [("eps", arm, lr, 0) for lr in USUAL_RATES for arm in arms]
+    if options.part == "shuffled":
+        return [("shuffled", arm, None, seed) for seed in range(options.seeds) for arm in SHUFFLED]
+    trials = [("rates", arm, lr, 0) for lr in RATES for arm in arms]
+    return trials + [("", arm, None, seed) for seed in range(options.seeds) for arm in arms]
 
 
 if __name__ == "__main__":
