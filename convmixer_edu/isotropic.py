@@ -68,7 +68,7 @@ class Branch(nn.Module):
     ):
         super().__init__()
         self.norm, self.fn = norm, fn
-        self.scale = None if scale is None else nn.Parameter(scale)
+        self.scale = None if scale is None else nn.Parameter(scale.clone())
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.fn(self.norm(x))
@@ -210,7 +210,7 @@ def ResMLP(
     small = scale*torch.ones(dim)
     blocks = [named(
         places=Branch(Affine(dim), OverPlaces(nn.Linear(n, n)), small),
-        channels=Branch(Affine(dim), mlp(dim, int(ratio*dim)), small.clone()))
+        channels=Branch(Affine(dim), mlp(dim, int(ratio*dim)), small))
         for _ in range(depth)]
     stem = Stem(in_chans, dim, patch_size)
     return isotropic(stem, blocks, Affine(dim), dim, num_classes)
