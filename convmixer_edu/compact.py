@@ -23,12 +23,14 @@ def pour(
     return model
 
 # %% ../nbs/D_implementation.ipynb #4e1c06bf
-TWEET = """
-import torch.nn as t
-S=t.Sequential
-class R(S):forward=lambda s,x:x+S.forward(s,x)
-def C(h,d,k,p,n):u=lambda i,*a:(t.Conv2d(i,h,*a),t.GELU(),t.BatchNorm2d(h));return S(*u(3,p,p),*[S(R(*u(h,k,1,"same",1,h)),*u(h,1))for i in[0]*d],t.AdaptiveAvgPool2d(1),t.Flatten(),t.Linear(h,n))
-""".strip()
+TWEET = (  # one line would run off the page: these strings are one text
+    "import torch.nn as t\n"
+    "S=t.Sequential\n"
+    "class R(S):forward=lambda s,x:x+S.forward(s,x)\n"
+    "def C(h,d,k,p,n):u=lambda i,*a:(t.Conv2d(i,h,*a),t.GELU(),"
+    "t.BatchNorm2d(h));return S(*u(3,p,p),"
+    '*[S(R(*u(h,k,1,"same",1,h)),*u(h,1))for i in[0]*d],'
+    "t.AdaptiveAvgPool2d(1),t.Flatten(),t.Linear(h,n))")
 
 # %% ../nbs/D_implementation.ipynb #1f61ad46
 def from_text(

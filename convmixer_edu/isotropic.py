@@ -230,11 +230,24 @@ def copy_from_timm(
     model: nn.Module,  # of `ViT`, `MLPMixer` or `ResMLP`; changed in place
     other: nn.Module,  # timm's, of the same sizes
 ) -> nn.Module:
-    "Give a model the weights of timm's; raises `KeyError` if they differ"
+    """Give a model the weights of timm's
+
+    Raises `ValueError`, and copies nothing, when kind or sizes differ."""
     mine, theirs = model.state_dict(), {}
+    advice = "build both with the same kind and sizes"
     for name, weight in other.state_dict().items():
-        for old, new in _RENAMED:
-            name = name.replace(old, new)
-        theirs[name] = weight.reshape(mine[name].shape)
+        new = name
+        for old, here in _RENAMED:
+            new = new.replace(old, here)
+        if new not in mine:
+            raise ValueError(f"timm's {name} has nothing here to go to: "
+                             f"{advice}")
+        if weight.squeeze().shape != mine[new].squeeze().shape:
+            raise ValueError(f"{new} is {tuple(mine[new].shape)}, timm's "
+                             f"{name} {tuple(weight.shape)}: {advice}")
+        theirs[new] = weight.reshape(mine[new].shape)
+    if mine.keys() != theirs.keys():
+        missing = sorted(mine.keys() - theirs.keys())
+        raise ValueError(f"timm's model has no {missing[0]}: {advice}")
     model.load_state_dict(theirs)
     return model

@@ -3,13 +3,12 @@
 About the same number of parameters, the same seconds of training, one recipe but for the learning rate, which each arm
 chooses from the same few values on held-out images. One JSON file a run; a file that is there is not made again.
 
---part eps tries the same with AdamW's usual eps on the held-out images; --part shuffled trains two arms, at the rates
-they chose, in a world in which the patches of every image, for training and for testing, stand in one other order.
+--part shuffled trains two arms, at the rates they chose, in a world in which the patches of every image, for training
+and for testing, stand in one other order.
 """
 
 import argparse
 import json
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +42,6 @@ SCALES = {  # seconds a run, seconds a trial of a rate, and the arms: images of 
         "ResMLP": lambda: ResMLP(76, 4, patch_size=2)}),
 }
 RATES = (0.002, 0.006, 0.02)
-USUAL_EPS, USUAL_RATES = 1e-8, (0.0006, 0.002, 0.006)  # of --part eps
 SHUFFLED = ("ConvMixer", "MLP-Mixer")  # the arms of --part shuffled
 
 
@@ -62,9 +60,9 @@ class Shuffle(nn.Module):
         return x.flatten(2)[:, :, self.pixels].view(x.shape)
 
 
-def fit(build, data, test, lr, seed, seconds, device, eps=PRESETS["quick"].eps, shuffle=False):
+def fit(build, data, test, lr, seed, seconds, device, shuffle=False):
     """Train for so many seconds; return what a record holds of it."""
-    c = replace(PRESETS["quick"], lr=lr, seed=seed, eps=eps, precision="auto")
+    c = replace(PRESETS["quick"], lr=lr, seed=seed, precision="auto")
     stats, dtype = statistics(data.images), choose_precision(device)
     torch.manual_seed(seed)
     model = build()
@@ -99,7 +97,7 @@ def fit(build, data, test, lr, seed, seconds, device, eps=PRESETS["quick"].eps, 
             if spent >= seconds:
                 break
     seen = score(model.eval(), test, stats, dtype=dtype)
-    return {"lr": lr, "eps": eps, "shuffled": shuffle, "seed": seed, "seconds": round(spent, 2),
+    return {"lr": lr, "shuffled": shuffle, "seed": seed, "seconds": round(spent, 2),
             "steps": done, "epochs": round(done / steps, 3),
             "parameters": sum(weight.numel() for weight in model.parameters()), "history": history,
             "accuracy": seen["accuracy"], "loss": seen["loss"], **_machine(device, dtype)}
@@ -115,7 +113,7 @@ def main(arguments=None):
     parser.add_argument("--device")
     parser.add_argument("--limit", type=int, help="only so many training images, for a try")
     parser.add_argument("--seconds", type=float, help="another length of a run, for a try")
-    parser.add_argument("--part", choices=("race", "eps", "shuffled"), default="race")
+    parser.add_argument("--part", choices=("race", "shuffled"), default="race")
     options = parser.parse_args(arguments)
     started, device = time.monotonic(), choose_device(options.device)
     seconds, trial, arms = SCALES[options.scale]
@@ -133,8 +131,7 @@ def main(arguments=None):
             print(f"stopped before {file.name}: call again to go on")
             return
         if lr:
-            more = {"eps": USUAL_EPS} if folder == "eps" else {}
-            record = fit(arms[arm], rest, held, lr, seed, trial, device, **more)
+            record = fit(arms[arm], rest, held, lr, seed, trial, device)
         else:
             found = [json.loads(f.read_text()) for f in sorted((options.out / "rates").glob(f"{arm}-[0-9]*.json"))]
             if not found:
@@ -145,7 +142,7 @@ def main(arguments=None):
                           tried={f"{r['lr']:g}": r["accuracy"] for r in found})
         record.update(arm=arm, scale=options.scale, train_images=len(rest if lr else whole),
                       train_fingerprint=whole.fingerprint,
-                      command=" ".join(["python tests/record_siblings.py", *(arguments or sys.argv[1:])]))
+                      command=f"python tests/record_siblings.py --out DIR --part {options.part} --scale {options.scale}")
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
         told = {key: record.get(key) for key in ("arm", "lr", "seed", "epochs", "accuracy", "test_accuracy")}
@@ -154,8 +151,6 @@ def main(arguments=None):
 
 def plan(options, arms):
     """Return (folder, arm, rate to try or None for a run at the chosen one, seed), in order."""
-    if options.part == "eps":
-        return [("eps", arm, lr, 0) for lr in USUAL_RATES for arm in arms]
     if options.part == "shuffled":
         return [("shuffled", arm, None, seed) for seed in range(options.seeds) for arm in SHUFFLED]
     trials = [("rates", arm, lr, 0) for lr in RATES for arm in arms]
