@@ -1,4 +1,4 @@
-"""Measure what each chapter costs, for the line at its top: writes results/chapters.json."""
+"""Measure what each chapter costs, for the line at its top: python tests/costs.py [CHAPTER...], into results/chapters.json."""
 
 import json
 import os
@@ -26,14 +26,16 @@ def measure(notebook):
 
 
 def main():
-    machine = _machine(torch.device("cpu"), torch.float32)
-    costs = {}
+    machine, file = _machine(torch.device("cpu"), torch.float32), ROOT / "results" / "chapters.json"
+    costs = json.loads(file.read_text()) if sys.argv[1:] else {}
     for notebook in sorted((ROOT / "nbs").glob("*.ipynb")):
+        if sys.argv[1:] and notebook.stem not in sys.argv[1:]:
+            continue
         seconds, peak = measure(notebook)
         costs[notebook.stem] = {"seconds": round(seconds, 1), "peak_memory_mb": round(peak),
                                 **{key: machine[key] for key in ("device", "threads", "torch")}}
         print(f"{notebook.stem:20s} {seconds:6.1f} s {peak:7.0f} MiB", flush=True)
-        (ROOT / "results" / "chapters.json").write_text(json.dumps(costs, indent=1) + "\n")
+        file.write_text(json.dumps(dict(sorted(costs.items())), indent=1) + "\n")
 
 
 if __name__ == "__main__":
