@@ -5,6 +5,7 @@ import html
 import shutil
 from pathlib import Path
 
+import prose
 import pytest
 
 import convmixer_edu
@@ -85,3 +86,13 @@ def test_an_answer_is_open_right_or_wrong():
     assert state(8).sentence == "eight" and state(5).state == "wrong" and "not a mistake" in state(5).sentence
     assert check(lambda x: 1 / x, 1, by=lambda f: f(0)).sentence.endswith("division by zero")
     assert check(3, lambda a: a % 2 == 1).state == "right"
+
+
+def test_the_check_of_prose_finds_what_it_should():
+    page = prose.values("x = 224\n81.382 and 2,517,630,976 of 0.857")
+    fine = "In 2020 ConvMixer-256/8 saw 224 pixels, 81.4 of 2.5 billion, 85.7 %, two and a half billion, three of `99`."
+    assert prose.unbound(fine, page) == []
+    bad = "It takes 31 seconds, twenty-five steps, 5 % and 4.5 million; [81.37 %](claims.ipynb#t1-1536-20) is free."
+    assert prose.unbound(bad, page) == ["31 seconds", "5 %", "4.5 million", "twenty-five"]
+    assert prose.wrong_claims("[81.37 %](claims.ipynb#t1-1536-20), [the largest one](claims.ipynb#t1-1536-20)") == []
+    assert prose.wrong_claims("[81.4 %](claims.ipynb#t1-1536-20)") and prose.wrong_claims("[206 img/s](claims.ipynb#thr-768-32)")

@@ -62,7 +62,7 @@ def test_resmlp_starts_as_timms():
     (lambda: timms(ViT, 24, 2, 4, 16, 10, 3, 4), "nothing here"),  # deeper than ours
     (lambda: timms(ViT, 24, 1, 4, 8, 10, 3, 4), "stem.position"),  # fewer places
     (lambda: timms(ViT, 24, 1, 4, 16, 10, 3, 2), "channels.fn"),  # a narrower MLP
-    (lambda: VisionTransformer(img_size=16, patch_size=4, num_classes=10, embed_dim=24, depth=1, num_heads=3), "cls_token"),
+    (lambda: VisionTransformer(img_size=16, patch_size=4, num_classes=10, embed_dim=24, depth=1, num_heads=3), "same kind"),
     (lambda: timms(MLPMixer, 24, 1, 4, 16, 10, 3, 4), "build both with the same"),  # another kind
 ])
 def test_weights_that_do_not_fit_are_refused_and_nothing_is_copied(build, told):
