@@ -4,7 +4,7 @@ About the same number of parameters, the same seconds of training, one recipe bu
 chooses from the same few values on held-out images. One JSON file a run; a file that is there is not made again.
 
 --part shuffled trains two arms, at the rates they chose, in a world in which the patches of every image, for training
-and for testing, stand in one other order.
+and for testing, stand in one other order. --part eps tries AdamW's usual eps, on the held-out images.
 """
 
 import argparse
@@ -42,6 +42,7 @@ SCALES = {  # seconds a run, seconds a trial of a rate, and the arms: images of 
         "ResMLP": lambda: ResMLP(76, 4, patch_size=2)}),
 }
 RATES = (0.002, 0.006, 0.02)
+USUAL_EPS, USUAL_RATES = 1e-8, (0.002, 0.006)  # of --part eps
 SHUFFLED = ("ConvMixer", "MLP-Mixer")  # the arms of --part shuffled
 
 
@@ -60,9 +61,9 @@ class Shuffle(nn.Module):
         return x.flatten(2)[:, :, self.pixels].view(x.shape)
 
 
-def fit(build, data, test, lr, seed, seconds, device, shuffle=False):
+def fit(build, data, test, lr, seed, seconds, device, shuffle=False, eps=PRESETS["quick"].eps):
     """Train for so many seconds; return what a record holds of it."""
-    c = replace(PRESETS["quick"], lr=lr, seed=seed, precision="auto")
+    c = replace(PRESETS["quick"], lr=lr, seed=seed, eps=eps, precision="auto")
     stats, dtype = statistics(data.images), choose_precision(device)
     torch.manual_seed(seed)
     model = build()
@@ -97,7 +98,7 @@ def fit(build, data, test, lr, seed, seconds, device, shuffle=False):
             if spent >= seconds:
                 break
     seen = score(model.eval(), test, stats, dtype=dtype)
-    return {"lr": lr, "shuffled": shuffle, "seed": seed, "seconds": round(spent, 2),
+    return {"lr": lr, "eps": eps, "shuffled": shuffle, "seed": seed, "seconds": round(spent, 2),
             "steps": done, "epochs": round(done / steps, 3),
             "parameters": sum(weight.numel() for weight in model.parameters()), "history": history,
             "accuracy": seen["accuracy"], "loss": seen["loss"], **_machine(device, dtype)}
@@ -113,7 +114,7 @@ def main(arguments=None):
     parser.add_argument("--device")
     parser.add_argument("--limit", type=int, help="only so many training images, for a try")
     parser.add_argument("--seconds", type=float, help="another length of a run, for a try")
-    parser.add_argument("--part", choices=("race", "shuffled"), default="race")
+    parser.add_argument("--part", choices=("race", "shuffled", "eps"), default="race")
     options = parser.parse_args(arguments)
     started, device = time.monotonic(), choose_device(options.device)
     seconds, trial, arms = SCALES[options.scale]
@@ -131,7 +132,8 @@ def main(arguments=None):
             print(f"stopped before {file.name}: call again to go on")
             return
         if lr:
-            record = fit(arms[arm], rest, held, lr, seed, trial, device)
+            more = {"eps": USUAL_EPS} if folder == "eps" else {}
+            record = fit(arms[arm], rest, held, lr, seed, trial, device, **more)
         else:
             found = [json.loads(f.read_text()) for f in sorted((options.out / "rates").glob(f"{arm}-[0-9]*.json"))]
             if not found:
@@ -153,6 +155,8 @@ def plan(options, arms):
     """Return (folder, arm, rate to try or None for a run at the chosen one, seed), in order."""
     if options.part == "shuffled":
         return [("shuffled", arm, None, seed) for seed in range(options.seeds) for arm in SHUFFLED]
+    if options.part == "eps":
+        return [("eps", arm, lr, 0) for lr in USUAL_RATES for arm in arms]
     trials = [("rates", arm, lr, 0) for lr in RATES for arm in arms]
     return trials + [("", arm, None, seed) for seed in range(options.seeds) for arm in arms]
 

@@ -111,6 +111,10 @@ def test_a_race_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     record_siblings.main(call)
     assert {file: file.read_bytes() for file in sorted(tmp_path.rglob("*.json"))} == files
     record_siblings.main([*call, "--part", "shuffled"])
+    monkeypatch.setattr(record_siblings, "USUAL_RATES", (0.002,))
+    record_siblings.main([*call, "--part", "eps"])
+    trial = json.loads((tmp_path / "eps" / "MLP-Mixer-0.002.json").read_text())
+    assert trial["eps"] == 1e-8 and "test_accuracy" not in trial, "a trial looks at held-out images alone"
     run = json.loads((tmp_path / "shuffled" / "MLP-Mixer-seed0.json").read_text())
     assert run["shuffled"] and run["steps"] > 0 and 0 <= run["test_accuracy"] <= 100 and "--part shuffled" in run["command"]
 
