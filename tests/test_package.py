@@ -103,7 +103,7 @@ def test_wheel_holds_the_package_and_its_results(wheel):
     assert {name.split("/")[0] for name in names} == {"convmixer_edu", f"convmixer_edu-{CONFIG.version}.dist-info"}
     results = [path for path in (ROOT / "results").rglob("*") if path.is_file()]
     wanted = {f"convmixer_edu/results/{path.relative_to(ROOT / 'results').as_posix()}" for path in results}
-    wanted |= {f"convmixer_edu/{path.name}" for path in (ROOT / "convmixer_edu").glob("*.py")}
+    wanted |= {f"convmixer_edu/{path.name}" for kind in ("*.py", "*.csv") for path in (ROOT / "convmixer_edu").glob(kind)}
     assert results and wanted <= names
 
 
