@@ -65,6 +65,7 @@ def test_page_shows_no_failure(built, page):
     assert not stderr, f"written to stderr: {stderr}"
     assert not re.search(r"^#\|", text, re.M), "a directive of nbdev is shown"
     assert not article.select(".error, .problematic, .system-message")
+    assert not [p.get_text()[:60] for p in article.find_all("p") if p.get_text().startswith("|")], "a table as text"
 
 
 @every_page
