@@ -25,7 +25,7 @@ class Result:
     interpolation: str  # how images were resized
     top1_real: float  # accuracy with the labels of ImageNet-ReaL, %
     top1_v2: float  # accuracy on the images of ImageNet-V2, %
-    gmacs: float  # multiply-accumulates, billions, see `full_gmacs`
+    gmacs: float  # billions, at gmacs_img_size: see `full_gmacs`
     macts_m: float  # activations, millions
     gmacs_img_size: int  # the image size of gmacs and of the speeds
     img_per_s_rtx4090_amp_nchw: float | None  # inference, images/s
@@ -101,10 +101,13 @@ def published(
 def full_gmacs(
     result: Result,
 ) -> float:  # billions of multiply-accumulates
-    "timm's count, for ConvMixers with the depthwise convolutions put back"
+    """The work for one image of the size that the accuracy was taken at
+
+    timm's count, by pixels where it was taken at another size; for ConvMixers
+    our own, with the depthwise convolutions that timm's leaves out."""
     if not result.network.startswith("convmixer"):
-        return result.gmacs
+        return result.gmacs*(result.img_size/result.gmacs_img_size)**2
     h, d = map(int, result.network.split("_")[1:3])
     k, p, data = PAPER_MODELS[h, d]
     return count_macs(h, d, k, p, data["num_classes"],
-                      image_size=result.gmacs_img_size)/1e9
+                      image_size=result.img_size)/1e9

@@ -3,6 +3,9 @@
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import convmixer_edu
 from convmixer_edu.anatomy import count_parameters
@@ -31,9 +34,20 @@ def test_the_convmixers_have_the_parameters_of_the_formula():
     assert [round(full_gmacs(row), 1) for row in rows] == [51.1, 20.7, 5.9]
 
 
-def test_other_networks_keep_their_count():
-    row = published("resnet50.a1_in1k")
-    assert full_gmacs(row) == row.gmacs and row.img_size == 224
+def test_the_work_is_that_of_the_size_of_the_accuracy():
+    row = published("deit_small_patch16_224.fb_in1k")  # counted at its own size
+    assert row.gmacs_img_size == row.img_size and full_gmacs(row) == row.gmacs
+
+
+@pytest.mark.parametrize("model", ["resnet50.a1_in1k", "resnet152.a1h_in1k", "convnext_tiny.fb_in1k"])
+def test_a_count_at_another_size_is_brought_back(model):
+    row = published(model)
+    assert row.img_size == 224 < row.gmacs_img_size
+    with torch.device("meta"):
+        network = timm.create_model(row.network).eval()
+        with FlopCounterMode(display=False) as counter:
+            network(torch.empty(1, 3, row.img_size, row.img_size))
+    assert full_gmacs(row) == pytest.approx(counter.get_total_flops() / 2e9, rel=0.01)
 
 
 @pytest.mark.parametrize("old, new, told", [
