@@ -271,8 +271,8 @@ def _flags(c):
     def found(value):
         if isinstance(value, tuple):
             return all(map(found, value))
-        if isinstance(value, bool) or value == "onecycle" or value == 0:
-            return True  # told in words, not by a number
+        if value == 0:
+            return "no warm-up" in words  # 0 stands there as a word
         return (value.lower() in words if isinstance(value, str)
                 else float(value) in numbers)
     return Verdict("match" if all(map(found, values)) else "differs",

@@ -121,7 +121,7 @@ def wrong_claims(markdown):
     return wrong
 
 
-def cells(path, kind):
+def cells(path, kind="code"):
     """Return the sources of a notebook's cells of one kind."""
     notebook = json.loads(path.read_text("utf8"))
     return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == kind]

@@ -208,9 +208,8 @@ def entry_name(size):
 def test_every_model_of_the_papers_tables_is_registered():
     assert sorted(timm.list_models("convmixer_edu*")) == sorted(map(entry_name, PAPER_MODELS))
     assert len(PAPER_MODELS) == 17
-    exported = {}
-    exec("from convmixer_edu.model import *", exported)
-    assert set(map(entry_name, PAPER_MODELS)) <= set(exported)
+    assert set(map(entry_name, PAPER_MODELS)) <= set(model_module.__all__)
+    assert all(hasattr(model_module, name) for name in model_module.__all__)
 
 
 @pytest.mark.parametrize("size", list(PAPER_MODELS), ids=entry_name)

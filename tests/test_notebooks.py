@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
+from prose import cells
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 INSTALL = """#| hide
@@ -26,12 +27,6 @@ BANNED = {
     r"show_doc\(": "the API page shows the parameters",
 }
 by_name = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-
-
-def cells(path, kind="code"):
-    """Return the sources of a notebook's cells of one kind."""
-    notebook = json.loads(path.read_text("utf8"))
-    return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == kind]
 
 
 def run_on_copy(folder, tool):
