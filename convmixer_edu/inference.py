@@ -19,8 +19,7 @@ from .augment import normalize
 from .checkpoint import CheckpointError, read_checkpoint
 from .data import ImageSet, load_images, read_image
 from .distributed import all_sum, rank, shard, world
-from .model import ConvMixer
-from .recipe import Config, with_settings
+from .recipe import Config, make_model, with_settings
 from .speed import autocast, choose_precision
 
 # %% ../nbs/06c_inference.ipynb #d0a244ab
@@ -141,9 +140,7 @@ def load_run(
 # %% ../nbs/06c_inference.ipynb #85e56e59
 def _model_from(info, weights):
     "The model of a run with its trained weights, ready to evaluate"
-    c = info.config
-    model = ConvMixer(c.dim, c.depth, c.kernel_size, c.patch_size,
-                      len(info.classes), info.channels)
+    model = make_model(info.config, len(info.classes), info.channels)
     tensors, _ = read_checkpoint(weights)
     try:
         model.load_state_dict(tensors)

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'PRESETS', 'SOURCES', 'Config', 'check_config', 'augmentation', 'with_settings', 'sources', 'learning_rate',
-           'make_optimizer']
+           'make_model', 'make_optimizer']
 
 # %% ../nbs/06a_recipe.ipynb #f293cba5
 import dataclasses
@@ -15,7 +15,8 @@ from torch import nn
 
 from .augment import Augment
 from .depthwise import weight_gradient_methods
-from .model import check_sizes
+from .model import (ACTIVATIONS, NORMS, RESIDUALS,
+                                 check_sizes, variant)
 
 # %% ../nbs/06a_recipe.ipynb #e76265a7
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Config:
     depth: int = 8  # d
     kernel_size: int = 5  # k
     patch_size: int = 2  # p, pixels
+    residual: str = "depthwise"  # around what; or "none", "both"
+    norm: str = "batch"  # or "layer", "layer2d"
+    activation: str = "gelu"  # or "relu"
     image_size: int | None = None  # side in pixels; None: as the data are
     epochs: int = 25
     batch_size: int = 512
@@ -67,6 +71,8 @@ class Config:
 
 # %% ../nbs/06a_recipe.ipynb #cf39f277
 CHOICES = {  # the settings that are words, and the words they may be
+    "residual": RESIDUALS, "norm": tuple(NORMS),
+    "activation": tuple(ACTIVATIONS),
     "precision": ("auto", "float32", "bfloat16", "float16"),
     "depthwise": ("auto", *weight_gradient_methods()),
     "init": ("uniform", "covariance"),
@@ -207,6 +213,16 @@ def learning_rate(
     "The paper's schedule: three straight lines, asked at every step (Sec. 3)"
     return float(np.interp(progress, (0, 0.4, 0.8, 1),
                            (0, peak, peak / 20, 0)))
+
+# %% ../nbs/06a_recipe.ipynb #851e12df
+def make_model(
+    c: Config,
+    num_classes: int,
+    in_chans: int = 3,  # channels of the images
+) -> nn.Sequential:
+    "The network of a recipe, its weights drawn from the global generator"
+    return variant(c.dim, c.depth, c.kernel_size, c.patch_size, num_classes,
+                   in_chans, c.residual, c.norm, c.activation)
 
 # %% ../nbs/06a_recipe.ipynb #961ccd85
 def make_optimizer(

@@ -37,10 +37,9 @@ from .engines import make_engine
 from .inference import (Statistics, choose_device, score,
                                      statistics)
 from .initialize import covariance_init
-from .model import ConvMixer
 from .recipe import (PRESETS, Config, augmentation,
-                                  learning_rate, make_optimizer,
-                                  with_settings)
+                                  learning_rate, make_model,
+                                  make_optimizer, with_settings)
 from .speed import (Choice, Workload, autocast, choose,
                                  choose_precision, device_name,
                                  keep_freed_memory, prepare)
@@ -189,8 +188,7 @@ def build_model(
     "The model of a recipe, its first weights drawn from the recipe's seed"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(c.seed)
-        model = ConvMixer(c.dim, c.depth, c.kernel_size, c.patch_size,
-                          len(data.classes), data.images.shape[1])
+        model = make_model(c, len(data.classes), data.images.shape[1])
     if c.init == "covariance":
         covariance_init(model, keyed_generator(c.seed, 3))
     model = fast_depthwise(model.to(device), depthwise)
