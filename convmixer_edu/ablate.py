@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['BASELINE', 'PARTS', 'SIZES', 'ARMS', 'SCALES', 'STAND_INS', 'CONTRASTS', 'Arm', 'baseline', 'changes', 'run_as',
-           'arms', 'Contrast', 'Estimate', 'estimate', 'difference', 'judge', 'config', 'records']
+           'arms', 'Contrast', 'Estimate', 'estimate', 'difference', 'judge', 'config', 'records', 'accuracies',
+           'measured']
 
 # %% ../nbs/B_ablations.ipynb #7db4cebe
 import math
@@ -79,12 +80,17 @@ SCALES = {  # name: how its baseline differs from the paper's recipe
     "paper200": {},
     "light25": dict(kernel_size=5, patch_size=2, epochs=25, batch_size=512),
     "tiny": dict(dim=64, depth=4, kernel_size=5, patch_size=2, epochs=18,
-                 batch_size=64, limit=2500, depthwise="groups")}
+                 batch_size=64, limit=2500, depthwise="groups"),
+    "try": dict(dim=8, depth=2, kernel_size=3, patch_size=2, epochs=2,
+                batch_size=64, limit=256, depthwise="library",
+                checkpoint_seconds=0.0)}  # seconds; it means nothing
 STAND_INS = {  # scale: setting: the paper's value -> what stands for it
     "paper200": {},
     "light25": {"kernel_size": {8: 5}},
     "tiny": {"dim": {128: 32, 256: 64}, "kernel_size": {8: 5},
-             "depth": {4: 2, 8: 4, 10: 8, 12: 6, 16: 8, 24: 12}}}
+             "depth": {4: 2, 8: 4, 10: 8, 12: 6, 16: 8, 24: 12}},
+    "try": {"dim": {128: 4, 256: 8}, "kernel_size": {8: 3},
+            "depth": {4: 1, 8: 2, 10: 5, 12: 3, 16: 4, 24: 6}}}
 
 
 def baseline(
@@ -251,7 +257,8 @@ def records(
                              "an arm's name, -seed and a number")
         _check_recipe(folder/name, run["config"],
                       asdict(config(ARMS[arm], scale, int(seed))))
-        data[run["train_fingerprint"], run["test_fingerprint"]] = name
+        if "failed" not in run:
+            data[run["train_fingerprint"], run["test_fingerprint"]] = name
         found.setdefault(arm, []).append(run)
     if len(data) > 1:
         raise ValueError(f"{' and '.join(data.values())} in {folder} were "
@@ -269,3 +276,24 @@ def _check_recipe(where, old, new):
     if other:
         raise ValueError(f"{where} was run with another recipe: "
                          f"{', '.join(other)}; run it again")
+
+# %% ../nbs/B_ablations.ipynb #a873d636
+def accuracies(
+    arm: str,  # its name
+    scale: str,
+    found: dict,  # from `records`
+) -> list[float]:  # one a run that ended, per cent
+    "What the runs of an arm came to; of its twin's where it has one"
+    runs = found.get(run_as(ARMS[arm], scale).name, [])
+    return [run["test_accuracy"] for run in runs if "failed" not in run]
+
+
+def measured(
+    contrast: Contrast,
+    scale: str,
+    found: dict,  # from `records`
+) -> Estimate | None:  # points; None: one of the two was not run
+    "Our difference of two arms"
+    a, b = (accuracies(name, scale, found)
+            for name in (contrast.arm, contrast.against))
+    return difference(a, b) if a and b else None
