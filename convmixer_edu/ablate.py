@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['BASELINE', 'PARTS', 'SIZES', 'ARMS', 'SCALES', 'STAND_INS', 'CONTRASTS', 'Arm', 'baseline', 'changes', 'run_as',
-           'arms', 'Contrast', 'Estimate', 'estimate', 'difference', 'judge', 'config', 'records', 'accuracies',
+           'arms', 'Estimate', 'estimate', 'difference', 'judge', 'config', 'records', 'Contrast', 'accuracies',
            'measured']
 
 # %% ../nbs/B_ablations.ipynb #7db4cebe
@@ -81,14 +81,21 @@ SCALES = {  # name: how its baseline differs from the paper's recipe
     "light25": dict(kernel_size=5, patch_size=2, epochs=25, batch_size=512),
     "tiny": dict(dim=64, depth=4, kernel_size=5, patch_size=2, epochs=18,
                  batch_size=64, limit=2500, depthwise="groups"),
+    "tiny-once": dict(dim=64, depth=4, kernel_size=5, patch_size=2, epochs=1,
+                      batch_size=64, limit=45_000, depthwise="groups"),
+    "tiny-often": dict(dim=64, depth=4, kernel_size=5, patch_size=2,
+                       epochs=176, batch_size=64, limit=256,
+                       depthwise="groups"),
     "try": dict(dim=8, depth=2, kernel_size=3, patch_size=2, epochs=2,
                 batch_size=64, limit=256, depthwise="library",
                 checkpoint_seconds=0.0)}  # seconds; it means nothing
+_TINY = {"dim": {128: 32, 256: 64}, "kernel_size": {8: 5},
+         "depth": {4: 2, 8: 4, 10: 8, 12: 6, 16: 8, 24: 12}}
 STAND_INS = {  # scale: setting: the paper's value -> what stands for it
     "paper200": {},
     "light25": {"kernel_size": {8: 5}},
-    "tiny": {"dim": {128: 32, 256: 64}, "kernel_size": {8: 5},
-             "depth": {4: 2, 8: 4, 10: 8, 12: 6, 16: 8, 24: 12}},
+    "tiny": _TINY,
+    "tiny-once": _TINY, "tiny-often": _TINY,
     "try": {"dim": {128: 4, 256: 8}, "kernel_size": {8: 3},
             "depth": {4: 1, 8: 2, 10: 5, 12: 3, 16: 4, 24: 6}}}
 
@@ -133,28 +140,6 @@ def arms(
     own = [run_as(a, scale).name for a in ARMS.values()
            if table in (None, a.table)]
     return [ARMS[n] for n in dict.fromkeys(["baseline", *own])]
-
-# %% ../nbs/B_ablations.ipynb #ba1529ea
-@dataclass(frozen=True)
-class Contrast:
-    """Two arms whose difference is asked for: arm minus against"""
-    arm: str
-    against: str
-    claim: str = ""  # of the difference; "": from the two arms' claims
-
-
-CONTRASTS = {
-    3: tuple(Contrast(a.name, "baseline", a.claim) for a in PARTS),
-    4: (*(Contrast(f"{h}-{d}", "256-8") for h, d in (
-            (128, 4), (128, 8), (128, 12), (256, 4), (256, 12), (256, 16))),
-        Contrast("k5", "k3", "b1-k3-5"), Contrast("k7", "k5", "b1-k5-7"),
-        Contrast("k9", "k7"), Contrast("k13", "k9"),
-        Contrast("k15", "k7", "b1-k7-15"),
-        Contrast("p2", "p1", "b1-p1-2"), Contrast("p4", "p1", "b1-p1-4"),
-        Contrast("k5-p1", "k3-p1", "b1-k3-5"),
-        Contrast("k5-p2", "k3-p2", "b1-k3-5-p2"),
-        Contrast("decay", "baseline"),
-        Contrast("10-k3", "k9"), Contrast("24-k3", "k9"))}
 
 # %% ../nbs/B_ablations.ipynb #dfaeadc2
 @dataclass(frozen=True)
@@ -276,6 +261,28 @@ def _check_recipe(where, old, new):
     if other:
         raise ValueError(f"{where} was run with another recipe: "
                          f"{', '.join(other)}; run it again")
+
+# %% ../nbs/B_ablations.ipynb #ba1529ea
+@dataclass(frozen=True)
+class Contrast:
+    """Two arms whose difference is asked for: arm minus against"""
+    arm: str
+    against: str
+    claim: str = ""  # of the difference; "": from the two arms' claims
+
+
+CONTRASTS = {
+    3: tuple(Contrast(a.name, "baseline", a.claim) for a in PARTS),
+    4: (*(Contrast(f"{h}-{d}", "256-8") for h, d in (
+            (128, 4), (128, 8), (128, 12), (256, 4), (256, 12), (256, 16))),
+        Contrast("k5", "k3", "b1-k3-5"), Contrast("k7", "k5", "b1-k5-7"),
+        Contrast("k9", "k7"), Contrast("k13", "k9"),
+        Contrast("k15", "k7", "b1-k7-15"),
+        Contrast("p2", "p1", "b1-p1-2"), Contrast("p4", "p1", "b1-p1-4"),
+        Contrast("k5-p1", "k3-p1", "b1-k3-5"),
+        Contrast("k5-p2", "k3-p2", "b1-k3-5-p2"),
+        Contrast("decay", "baseline"),
+        Contrast("10-k3", "k9"), Contrast("24-k3", "k9"))}
 
 # %% ../nbs/B_ablations.ipynb #a873d636
 def accuracies(

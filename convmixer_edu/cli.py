@@ -543,7 +543,8 @@ class _Progress:
 
 # %% ../nbs/11_command_line.ipynb #47f311b0
 TABLES = {"3": (3,), "4": (4,), "all": (3, 4)}
-SCALE_NAMES = ("tiny", "light25", "paper200", "try")
+SCALE_NAMES = ("paper200", "light25", "tiny", "tiny-once", "tiny-often",
+               "try")
 
 
 def _check_sweep(table, scale, merged, pace):
