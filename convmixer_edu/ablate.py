@@ -2,11 +2,12 @@
 
 # %% auto #0
 __all__ = ['BASELINE', 'PARTS', 'SIZES', 'ARMS', 'SCALES', 'STAND_INS', 'CONTRASTS', 'Arm', 'baseline', 'changes', 'run_as',
-           'arms', 'Estimate', 'estimate', 'difference', 'judge', 'config', 'records', 'Contrast', 'accuracies',
-           'measured']
+           'arms', 'Estimate', 'estimate', 'combine', 'difference', 'judge', 'config', 'records', 'Contrast',
+           'accuracies', 'measured']
 
 # %% ../nbs/B_ablations.ipynb #7db4cebe
 import math
+import statistics
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -164,28 +165,39 @@ def estimate(
     values: list[float],  # one a run
 ) -> Estimate:
     "The mean of runs that differ in the seed; one run gives no interval"
-    n, mean = len(values), sum(values)/len(values)
-    half = math.inf
+    n, mean, half = len(values), statistics.fmean(values), math.inf
     if n > 1:
-        spread = stats.tstd(values)/n**0.5
-        half = float(stats.t.ppf(0.975, n - 1)*spread)
+        error = statistics.stdev(values)/n**0.5
+        half = float(stats.t.ppf(0.975, n - 1))*error
     return Estimate(mean, mean - half, mean + half, n)
 
 # %% ../nbs/B_ablations.ipynb #0aa62ca6
+def combine(
+    arms: list[list[float]],  # accuracies, one a run, of each arm
+    weights: tuple[float, ...],  # of each arm's mean
+) -> Estimate:  # of the weighted sum of the means
+    """A sum of means whose spreads are not taken as equal (Welch)
+
+    Runs of one seed are not paired: see "Shared seeds are no help"."""
+    total = sum(w*sum(a)/len(a) for w, a in zip(weights, arms))
+    n = min(map(len, arms))
+    if n < 2:
+        return Estimate(total, -math.inf, math.inf, n)
+    parts = [w*w*statistics.variance(a)/len(a) for w, a in zip(weights, arms)]
+    half, error = 0.0, sum(parts)**0.5
+    if error > 0:  # Satterthwaite's degrees of freedom
+        freedom = sum(parts)**2/sum(p*p/(len(a) - 1)
+                                    for p, a in zip(parts, arms))
+        half = float(stats.t.ppf(0.975, freedom))*error
+    return Estimate(total, total - half, total + half, n)
+
+
 def difference(
     a: list[float],  # accuracies of an arm, one a run
     b: list[float],  # of the arm it is held against
-) -> Estimate:  # of mean(a) - mean(b)
-    """The difference of two arms, their spreads not taken as equal (Welch)
-
-    Runs of one seed are not paired: see "Shared seeds are no help"."""
-    gap, n = sum(a)/len(a) - sum(b)/len(b), min(len(a), len(b))
-    if n < 2:
-        return Estimate(gap, -math.inf, math.inf, n)
-    if len({*a}) == len({*b}) == 1:  # no spread at all: nothing to estimate
-        return Estimate(gap, gap, gap, n)
-    told = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
-    return Estimate(gap, float(told.low), float(told.high), n)
+) -> Estimate:
+    "The difference of two arms, mean(a) - mean(b), with its interval"
+    return combine([a, b], (1, -1))
 
 # %% ../nbs/B_ablations.ipynb #4f9db251
 def judge(

@@ -7,9 +7,10 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from convmixer_edu import ablate, ledger
-from convmixer_edu.ablate import ARMS, CONTRASTS, PARTS, SCALES, Contrast, Estimate, difference, estimate, judge, records
+from convmixer_edu.ablate import ARMS, CONTRASTS, PARTS, SCALES, Contrast, Estimate, combine, difference, estimate, judge, records
 from convmixer_edu.anatomy import count_parameters
 from convmixer_edu.claims import claim, claims
 from convmixer_edu.model import ACTIVATIONS, NORMS, RESIDUALS, ConvMixer, variant
@@ -181,6 +182,22 @@ def test_a_difference_by_hand():
     assert 2.776 < width < 3.182 and math.isclose(found.mean, 2.5) and found.n == 3
     turned = difference(b, a)
     assert math.isclose(turned.mean, -found.mean) and math.isclose(turned.low, -found.high)
+
+
+def test_a_difference_is_scipys():
+    draw = np.random.default_rng(0)
+    for n, m in ((2, 2), (3, 5), (10, 4)):
+        a, b = list(draw.normal(1, 2, n)), list(draw.normal(0, 1, m))
+        told = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+        assert np.allclose([difference(a, b).low, difference(a, b).high], told)
+
+
+def test_a_difference_of_differences():
+    a, b, c, d = [1.0, 2.0, 3.0], [0.0, 0.5, 1.0], [4.0, 4.2, 4.1], [1.0, 1.5, 2.0]
+    found = combine([a, b, c, d], (1, -1, -1, 1))
+    assert math.isclose(found.mean, (2 - 0.5) - (4.1 - 1.5))
+    assert found.half > difference(a, b).half/2 and combine([a], (1,)).half == pytest.approx(estimate(a).half)
+    assert combine([a, b], (2, -2)).half == pytest.approx(2*difference(a, b).half)
 
 
 @pytest.mark.parametrize("n", [3, 5])
