@@ -68,15 +68,6 @@ def plan(
     return [Task(scale, arm.name, seed) for seed in range(seeds)
             for arm in arms(table, scale)]
 
-
-def left(
-    tasks: list[Task],
-    out: str | Path,
-) -> list[Task]:
-    "Those that have no record in the folder yet"
-    return [t for t in tasks
-            if not (Path(out)/t.scale/t.name/"record.json").exists()]
-
 # %% ../nbs/B2_sweep.ipynb #d22d1773
 def left(
     tasks: list[Task],
