@@ -219,10 +219,16 @@ def test_a_single_run_and_runs_without_spread():
     (0.5, 1.5, 1.0, "paper200", "match"), (0.5, 1.5, 2.0, "paper200", "differs"),
     (-0.5, 1.5, 1.0, "paper200", "not resolved"), (-1.5, 0.5, 1.0, "paper200", "differs"),
     (0.5, 1.5, 9.0, "tiny", "same direction"), (0.5, 1.5, -9.0, "light25", "other direction"),
-    (-0.5, 1.5, 9.0, "tiny", "not resolved"), (0.5, 1.5, None, "tiny", "resolved"),
-    (-0.5, 1.5, None, "tiny", "not resolved"), (-1.5, -0.5, None, "paper200", "resolved")])
+    (-0.5, 1.5, 9.0, "tiny", "not resolved"), (0.5, 1.5, None, "tiny", "resolved here only"),
+    (-0.5, 1.5, None, "tiny", "not resolved"), (-1.5, -0.5, None, "paper200", "resolved here only"),
+    (0.5, 1.5, 0.04, "tiny", "resolved here only"), (0.5, 1.5, -0.47, "tiny", "resolved here only"),
+    (0.5, 1.5, 0.5, "light25", "same direction"), (0.02, 0.08, 0.04, "paper200", "match")])
 def test_words_follow_the_rule(low, high, paper, scale, word):
     assert judge(Estimate((low + high)/2, low, high, 5), paper, scale) == word
+
+
+def test_luck_is_twice_the_spread_of_a_difference_of_two_runs():
+    assert ablate.LUCK == round(2*math.sqrt(2)*claim("o-seed-noise").number, 2)
 
 
 def test_no_run_no_word():
