@@ -352,7 +352,7 @@ def _fast_part(record, device, rounds, left, weights):
     theirs = (_fresh(name, device) if weights == "drawn" else
               timm.create_model(name, pretrained=True).eval().to(device))
     ours = six_lines(theirs).to(device)
-    tolerance = 0.1 if weights == "drawn" else 0.02
+    tolerance = 0.05 if weights == "drawn" else 0.02
     best = optimize_for_inference(ours, images, tolerance,
                                   min(120.0, left()/3))
     half = Choice(True, dtype=best.choice.dtype)  # eager, channels last
