@@ -472,11 +472,17 @@ def measure(
 ) -> dict:  # the record; its "complete" tells whether anything is left
     """Measure the comparison on this machine (App. A)
 
-    Raises `ValueError` for a record of another machine."""
+    Raises `ValueError` for a record of another machine, or a name that timm
+    does not know."""
     started, file, device = time.monotonic(), Path(file), choose_device(device)
     if not file.parent.is_dir():
         raise ValueError(f"there is no folder {file.parent} for {file.name}: "
                          "make it first")
+    unknown = [n for n in (*networks, *parts) if not timm.is_model(n)
+               and n not in ("fast", "variants", "ours")]
+    if unknown:
+        raise ValueError(f"timm has no network {unknown[0]!r}: see "
+                         "timm.list_models() for its names")
     keep_freed_memory()
     record = _open_record(file, device, batch_size)
     left = lambda: seconds - (time.monotonic() - started)
