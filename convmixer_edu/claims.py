@@ -331,6 +331,21 @@ def _slower(c):
                    f"{slow.gmacs_img_size} pixels, ResNet-50 at "
                    f"{fast.gmacs_img_size}")
 
+
+def _relu(c):
+    "What ReLU is worth, beside the gap to ResNet-50, where it was measured"
+    from convmixer_edu.compare import images_per_second, recorded_speeds
+    record = recorded_speeds()
+    part = ((record or {}).get("parts") or {}).get("variants")
+    fifty, ours = (images_per_second(record, name)
+                   for name in ("resnet50", "convmixer_768_32"))
+    if not (part and fifty and ours):
+        return Verdict("open")
+    won, gap = part["relu"]["ratio"], fifty[0]/ours[0]
+    return Verdict("holds" if won < gap**0.5 else "fails",
+                   f"{won:.2f} times as fast, ResNet-50 {gap:.1f} times",
+                   f"our comparison on a CPU, float32: {record['device']}")
+
 # %% ../nbs/claims.ipynb #a57d5274
 _records = functools.cache(records)  # this page asks often
 
@@ -365,7 +380,7 @@ CHECKS = {  # the claims that can be checked without training
     "p-isotropic": _isotropic, "p-quadratic": _quadratic,
     "m-formula": _formula, "m-macs": _macs, "o-timm-gmacs": _macs,
     "m-280": _tweet, "setup-sched": _schedule, "cmp-02": _two_tenths,
-    "a-throughput": _slower}
+    "a-throughput": _slower, "a-relu": _relu}
 
 
 def verdict(

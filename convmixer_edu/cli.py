@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Device', 'RunFolder', 'PRESET_NAMES', 'TABLES', 'SCALE_NAMES', 'Failure', 'main', 'info_command',
-           'train_command', 'ablate_command', 'evaluate_command', 'predict_command']
+           'train_command', 'ablate_command', 'evaluate_command', 'predict_command', 'export_command',
+           'compare_command']
 
 # %% ../nbs/11_command_line.ipynb #d4450afd
 import errno
@@ -742,3 +743,87 @@ def predict_command(
         _table([(str(image) if i == 0 else "", name, f"{100 * p:.1f} %")
                 for image, best in zip(images, seen)
                 for i, (name, p) in enumerate(best)])
+
+# %% ../nbs/11_command_line.ipynb #d52a02f0
+@app.command("export")
+def export_command(
+    run: Annotated[Path | None, typer.Argument(
+        metavar="[RUN]", help="The folder of a finished run; default: the "
+        "network that comes with the package.")] = None,
+    onnx: Annotated[Path | None, typer.Option(
+        metavar="FILE", help="Write an ONNX file, for any program; needs "
+        "pip install 'convmixer-edu[export]'.")] = None,
+    torch_export: Annotated[Path | None, typer.Option(
+        metavar="FILE", help="Write a .pt2 file of torch.export, for PyTorch "
+        "without this package. Such a file can run code when it is loaded: "
+        "load your own, never a stranger's.")] = None,
+    as_json: Json = False,
+) -> None:
+    "Write a network as a file, check it against PyTorch, time it."
+    if onnx is None and torch_export is None:
+        raise Failure("nothing to write: expected --onnx FILE or "
+                      "--torch-export FILE")
+    from convmixer_edu.ledger import pretrained_run
+    run = run or pretrained_run()
+    _check_finished(run)
+    told = _export(run, {"ONNX Runtime": onnx, "torch.export": torch_export})
+    print(json.dumps(told)) if as_json else _show_export(told)
+
+
+def _export(run, files):
+    "Write and check the files; time them beside PyTorch"
+    from convmixer_edu import deploy
+    from convmixer_edu.inference import load_run
+    model, info = load_run(run)
+    model = deploy.FromPixels(model, info.stats.mean, info.stats.std)
+    shape = (info.channels, *info.image_size)
+    notes = {"input": "pixels from 0 to 1, (B, c, H, W)", "output": "logits",
+             "classes": json.dumps(info.classes), "shape": json.dumps(shape)}
+    write = {"ONNX Runtime": deploy.export_onnx,
+             "torch.export": deploy.export_torch}
+    files = {kind: file for kind, file in files.items() if file is not None}
+    written = [write[kind](model, shape, file, notes)
+               for kind, file in files.items()]
+    return {"run": str(run), "shape": shape, "files": written,
+            "latency": deploy.latency(model, shape, files)}
+
+
+def _show_export(told):
+    "What was written, how far it is off, how long an answer takes"
+    _table([(f["file"], f"{f['bytes'] / 1e6:.2f} MB",
+             f"off by {f['difference']:.0e} at most") for f in told["files"]])
+    print()
+    _table([(row["way"], str(row["images"]), f"{1000 * row['seconds']:.2f}",
+             f"{1000 * row['least']:.2f} to {1000 * row['most']:.2f}")
+            for row in told["latency"]],
+           ("asked by", "images", "ms", "of five rounds"))
+
+# %% ../nbs/11_command_line.ipynb #66aab60e
+@app.command("compare")
+def compare_command(
+    out: Annotated[Path, typer.Option(
+        metavar="FILE", help="The record; one that is there is "
+        "continued.")] = Path("compare.json"),
+    seconds: Annotated[float, typer.Option(
+        help="Nothing new is begun after that.")] = 540.0,
+    networks: Annotated[list[str] | None, typer.Option(
+        "--network", metavar="NAME", help="Race this one of timm's networks, "
+        "and measure nothing else; may be given again. Default: those of the "
+        "comparison.")] = None,
+    batch_size: Annotated[int, typer.Option(
+        min=1, help="Images a call.")] = 8,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    "Measure timm's networks on this machine, in turn."
+    _check_words(None, device)
+    from convmixer_edu import compare
+    only = {"networks": tuple(networks), "parts": ()} if networks else {}
+    record = compare.measure(out, device, seconds, batch_size, **only,
+                             report=_say)
+    if as_json:
+        print(json.dumps(record))
+        return
+    compare.print_record(record)
+    if not record["complete"]:
+        _say("there is more to measure: call again to go on")

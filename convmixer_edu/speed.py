@@ -231,19 +231,30 @@ def autocast(
     return torch.autocast(device.type, dtype if half else None, half)
 
 # %% ../nbs/P2_speed.ipynb #3b6198ba
+@contextlib.contextmanager
+def _freezing():
+    "While this lasts, the compiler may take weights for constants"
+    import torch._dynamo
+    from torch._inductor import config
+    with (config.patch(freezing=True),
+          torch._dynamo.config.patch(recompile_limit=64)):  # 64 networks
+        yield
+
+
 def frozen(
     model: nn.Module,  # copied: it can be trained on
     choice: Choice,
 ):  # a function, images (B, c, H, W) -> float32 logits (B, n)
     "The fastest way to evaluate a model as it is now"
     model = fast_depthwise(deepcopy(model).eval(), "library")
-    device = next(prepare(model, choice).parameters()).device
+    device = next(model.parameters()).device
+    prepare(model, replace(choice, compile=False))
     layout = (torch.channels_last if choice.channels_last
               else torch.contiguous_format)
-    freezing = contextlib.nullcontext
-    if choice.compile:  # the compiler reads it when it first sees the model
-        from torch._inductor import config
-        freezing = lambda: config.patch(freezing=True)
+    if choice.compile:
+        model.compile(dynamic=False, options={
+            "layout_optimization": choice.layout_optimization})
+    freezing = _freezing if choice.compile else contextlib.nullcontext
 
     @torch.inference_mode()
     def forward(images):

@@ -373,6 +373,13 @@ def test_predict_tells_people(trained, tmp_path):
     ("predict --pretrained gone.png", ["no file gone.png"]),
     ("train --out run --price -1", ["--price"]),
     ("predict run a.png --top 0", ["--top"]),
+    ("export run", ["--onnx FILE", "--torch-export FILE"]),
+    ("export run --torch-export net.pt2", ["run holds no run"]),
+    ("export --torch-export gone/net.pt2", ["no folder gone"]),
+    ("compare --network resnet-fifty --out c.json", ["resnet-fifty", "timm"]),
+    ("compare --out gone/c.json", ["no folder gone"]),
+    ("compare --device tpu", ["no device 'tpu'"]),
+    ("compare --batch-size 0", ["--batch-size"]),
     ("info --dim ten", ["--dim", "integer"]),
     ("info --depth 0", ["depth", "0"]),
     ("info --kernel-size -3", ["kernel_size", "-3"]),
@@ -383,6 +390,33 @@ def test_predict_tells_people(trained, tmp_path):
 def test_wrong_words_are_one_line(line, words):
     fails(line, *words)
     assert not Path("run").exists()
+
+
+def test_export_writes_checks_and_times(trained):
+    told = json.loads(works(f"export {trained} --torch-export net.pt2 --json"))
+    assert told["files"][0]["bytes"] == Path("net.pt2").stat().st_size and told["files"][0]["difference"] <= 1e-4
+    assert {row["images"] for row in told["latency"]} == {1, 16} and told["shape"] == [1, 8, 8]
+    kept = {"notes.json": ""}
+    ask = torch.export.load("net.pt2", extra_files=kept).module()  # our own, of a moment ago
+    assert ask(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+    assert json.loads(json.loads(kept["notes.json"])["classes"]) == [str(i) for i in range(10)]
+
+
+def test_export_to_onnx_tells_people_or_names_what_is_missing(trained, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    lines = works(f"export {trained} --onnx net.onnx").splitlines()
+    assert lines[0].startswith("net.onnx") and "off by" in lines[0] and any("ONNX Runtime" in line for line in lines)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    fails(f"export {trained} --onnx other.onnx", "onnxscript", "pip install 'convmixer-edu[export]'")
+    assert not Path("other.onnx").exists()
+
+
+def test_compare_races_and_goes_on():
+    line = "compare --network test_convnext --batch-size 1 --device cpu --out c.json --json"
+    code, out, err = call(f"{line} --seconds 0")
+    assert code == 0 and not json.loads(out)["complete"]
+    code, out, err = call(f"{line} --seconds 60")
+    assert code == 0 and json.loads(out)["complete"] and len(json.loads(out)["race"]["test_convnext"]) == 5
 
 
 def test_folders_that_are_no_data(tmp_path):
