@@ -149,12 +149,12 @@ def count_kept(
 ) -> int:  # values for one image
     """Count what training keeps of one image until the backward pass (Sec. 2).
 
-    Three values a place and channel for the patch embedding, six for every
+    Two values a place and channel for the patch embedding, six for every
     block. Raises a ValueError naming a size that is no positive whole number.
     """
     check_sizes(**locals())
     places = (image_size//patch_size)**2
-    return (3 + 6*depth)*dim*places + dim + in_chans*image_size**2
+    return (2 + 6*depth)*dim*places + dim + in_chans*image_size**2
 
 # %% ../nbs/03_anatomy.ipynb #da10d2e7
 def receptive_field(
