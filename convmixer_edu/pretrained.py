@@ -267,7 +267,7 @@ def read_weights(
             raise CheckpointError(f"{file} does not fit: {error}") from None
     return tensors, said
 
-# %% ../nbs/08_imagenet.ipynb #3bbed977
+# %% ../nbs/08_imagenet.ipynb #d4c4b2b1
 def _why(error):
     "The first sentence of another library's message"
     text = str(error).strip() or type(error).__name__
@@ -288,7 +288,9 @@ def _read_safe(file):
 def _read_torch(file):
     "What a .pth holds, tensors and plain values only"
     try:  # timm's training script keeps its arguments in a Namespace
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with (warnings.catch_warnings(),
+              torch.serialization.safe_globals([argparse.Namespace])):
+            warnings.simplefilter("ignore")  # about how it was pickled
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # its readers have many kinds
         if type(error).__name__ == "UnpicklingError":
