@@ -259,7 +259,7 @@ def imagenet_command(
     data: str = "imagenet",  # the folder with train/ and validation/
     **changes,  # another value for a flag, as in `imagenet_flags`
 ) -> str:  # for a shell; with several machines, the same on each
-    """timm's script by torchrun, with the paper's batch on any machines (Sec. 3)
+    """timm's script by torchrun, the paper's batch on any machines (Sec. 3)
 
     Raises `ValueError` when the batch cannot be shared equally."""
     whole = IMAGENET_FLAGS["batch-size"][0] * IMAGENET_GPUS[0]

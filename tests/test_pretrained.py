@@ -755,7 +755,12 @@ def test_evaluate_from_a_terminal(photographs, weights, timms_answers):
     ("train --out run --weights x.pth", ["--weights belongs to --finetune"]),
     ("train --out run --set start=convmixer_768_32 --data digits --set patch_size=2 --set limit=50", ["convmixer_768_32"]),
 ])
-def test_wrong_words_are_one_line(line, words):
+def test_wrong_words_are_one_line(line, words, monkeypatch):
+    def absent(*args, **options):
+        raise FileNotFoundError("not in the cache")
+
+    monkeypatch.setattr(pretrained, "hf_hub_download", absent)
+    monkeypatch.setattr(pretrained, "_hub_reachable", lambda: False)
     _, err = convmixer(*line.split(), code=2)
     assert all(word in err for word in words), err
     assert not Path("run").exists()
