@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from .ablate import (ARMS, CONTRASTS, SCALES, accuracies,
+                                  estimate, judge, measured, records)
 from .anatomy import count_macs, count_parameters
 from .distributed import IMAGENET_FLAGS, IMAGENET_GPUS
 from .model import PAPER_MODELS, ConvMixer
@@ -147,7 +149,7 @@ def table(
 @dataclass(frozen=True)
 class Verdict:
     """What became of a claim"""
-    word: str  # match, differs, holds, fails, open, not run
+    word: str  # match, differs, not resolved, holds, fails, open, not run
     ours: str = ""  # what we found
     how: str = ""  # by which means
 
@@ -329,6 +331,31 @@ def _slower(c):
                    f"{slow.gmacs_img_size} pixels, ResNet-50 at "
                    f"{fast.gmacs_img_size}")
 
+# %% ../nbs/claims.ipynb #a57d5274
+_records = functools.cache(records)  # this page asks often
+
+
+def _ablated(c):
+    "The difference or the accuracy that a claim is about, in our runs"
+    contrast = next((x for xs in CONTRASTS.values() for x in xs
+                     if x.claim == c.id), None)
+    arm = next((a for a in ARMS.values() if a.claim == c.id), None)
+    for scale in SCALES:  # the paper's own first
+        found, ours = _records(scale), None
+        if contrast:
+            ours = measured(contrast, scale, found)
+        elif scale == "paper200" and (
+                runs := accuracies(arm.name, scale, found)):
+            ours = estimate(runs)
+        if ours is None:
+            continue
+        how, word = f"n = {ours.n}, scale {scale}", judge(
+            ours, c.number, scale)
+        if scale == "paper200":
+            return Verdict(word, f"{ours}", how)
+        return Verdict("not run", f"{ours} points", f"{how}: {word}")
+    return Verdict("not run")
+
 # %% ../nbs/claims.ipynb #d0d6ff37
 CHECKS = {  # the claims that can be checked without training
     **{f"params-{m}": _parameters for m in ("1536-20", "768-32", "1024-20")},
@@ -350,4 +377,6 @@ def verdict(
         return CHECKS[id](c)
     if id.startswith("setup-"):
         return _flags(c)
+    if id.startswith(("b1-", "b3-", "b4-")):
+        return _ablated(c)
     return Verdict("open" if c.quantity in STATEMENTS else "not run")

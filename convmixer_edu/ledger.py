@@ -56,14 +56,16 @@ def keep(
     if folder.exists():
         raise ValueError(f"{name} is recorded already: choose another name, "
                          "a record is never written over")
-    folder.mkdir(parents=True)
+    aside = folder.with_name(f".{folder.name}.part")  # whole, or not there
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
     for file in KEPT[:3]:
-        shutil.copy(run / file, folder / file)
+        shutil.copy(run / file, aside / file)
     if weights:
-        _keep_weights(run, folder)
-    note = {"command": command, "sha256": _seal(folder)}
-    (folder / "record.json").write_text(json.dumps(note, indent=1) + "\n")
-    return folder
+        _keep_weights(run, aside)
+    note = {"command": command, "sha256": _seal(aside)}
+    (aside / "record.json").write_text(json.dumps(note, indent=1) + "\n")
+    return aside.rename(folder)
 
 # %% ../nbs/07_cifar10.ipynb #9233da21
 def _keep_weights(run, folder):
@@ -148,7 +150,7 @@ def names(
 ) -> list[str]:
     "The recorded runs, in alphabetical order"
     folder = Path(results or results_folder())
-    return sorted(f.parent.name for f in folder.glob("*/record.json"))
+    return sorted(f.parent.name for f in folder.glob("[!.]*/record.json"))
 
 # %% ../nbs/07_cifar10.ipynb #aae68429
 def cost(

@@ -579,3 +579,90 @@ def test_clock(seconds, text):
 def test_every_setting_can_be_set():
     for name, value in Config().__dict__.items():
         assert cli._settings([f"{name}={value}"]) == {name: str(value)}
+
+
+# ---------------------------------------------------------------- many runs
+
+
+SWEEP = "ablate --scale try --seeds 2 --data digits --device cpu --out sweep"
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A finished sweep of Table 3, and what it said."""
+    folder = tmp_path_factory.mktemp("cli") / "sweep"
+    return folder, works(SWEEP.replace("--out sweep", f"--out {folder}"))
+
+
+def test_a_sweep_tells_each_run_and_then_each_difference(swept):
+    folder, said = swept
+    runs, table = said.split("change", 1)
+    lines = runs.splitlines()
+    assert len(lines) == 22 and lines[0].startswith("1 of 22  baseline, seed 0: ") and " left" in lines[0]
+    assert " left" not in lines[-1] and lines[-1].startswith("22 of 22  no-clip, seed 1: ")
+    assert len(table.splitlines()) == 11 and "-2.96" in table and "runs are left" not in table
+    assert len(list(folder.glob("try/*/record.json"))) == 22
+
+
+def test_a_finished_sweep_says_its_table_again_and_runs_nothing(swept):
+    folder, said = swept
+    again = works(SWEEP.replace("--out sweep", f"--out {folder}"))
+    assert again == said[said.index("change"):]
+
+
+def test_a_sweep_as_json(swept):
+    told = json.loads(works(f"ablate --scale try --seeds 2 --out {swept[0]} --data digits --device cpu --json"))
+    assert told["done"] == 22 and told["left"] == 0
+    relu = next(d for d in told["differences"] if d["arm"] == "relu")
+    assert relu["paper"] == -0.37 and relu["ours"]["low"] <= relu["ours"]["mean"] <= relu["ours"]["high"]
+
+
+def test_what_is_left_of_a_sweep_is_told():
+    said = works(SWEEP + " --budget 0.01s")
+    assert "22 of 22 runs are left: the same command goes on." in said and "not run" in said
+
+
+def test_folders_are_merged_by_the_command(swept, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(swept[0], tmp_path / name)
+        half = sorted((tmp_path / name / "try").iterdir())
+        for run in half[:11] if name == "a" else half[11:]:
+            shutil.rmtree(run)
+    said = works("ablate --scale try --seeds 2 --merge a --merge b --out both")
+    assert said == swept[1][swept[1].index("change"):]
+    run = tmp_path / "a/try/relu-seed0/run.json"
+    run.write_text(run.read_text().replace('"test_accuracy": ', '"test_accuracy": 1'))
+    fails("ablate --scale try --merge a --out new", "relu-seed0 was changed after it was made")
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--table 5", "--table is '5', expected 3, 4 or all"), ("--scale huge", "no scale 'huge': expected one of paper200"),
+    ("--budget soon", "--budget is 'soon', expected a time such as 90s"), ("--budget 0", "--budget is '0'"),
+    ("--merge nowhere", "no folder nowhere to merge"), ("--seeds 0", "seeds"), ("--jobs 0", "jobs"),
+    ("--merge . --pace", "leave one out"), ("--device gpu", "no device 'gpu'")])
+def test_wrong_words_of_a_sweep(line, words, tmp_path):
+    fails(f"ablate --out new {line}", words)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_sweep_stopped_by_a_signal_says_how_to_go_on(tmp_path):
+    words = [PROGRAM, *shlex.split(SWEEP.replace("--seeds 2", "--seeds 40"))]
+    process = subprocess.Popen(words, env=offline(CONVMIXER_CACHE=tmp_path / "cache"), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    first = process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert first.startswith("1 of 440  baseline, seed 0")
+    # between two runs there is nothing to save: the signal ends it as it would any program
+    assert process.returncode == -signal.SIGTERM or (
+        process.returncode == 143 and "stopped by signal 15: the same command goes on" in err)
+
+
+def test_the_pace_of_several_processes_is_measured_and_kept(tmp_path, monkeypatch):
+    from convmixer_edu import sweep
+    asked = []
+    monkeypatch.setattr(sweep, "paces", lambda *args: asked.append(args) or {1: [100.0, 120.0, 110.0], 2: [150.0] * 3})
+    said = works("ablate --scale try --pace --out kept --data digits --device cpu")
+    assert "110" in said and "150" in said and asked == [("try", (1, 2, 4), "digits", "cpu")]
+    kept = json.loads((tmp_path / "kept/pace.json").read_text())
+    assert kept["images_per_second"]["2"] == [150.0] * 3 and kept["device"]

@@ -1,0 +1,316 @@
+"""The sweep: in a fair order, in time, killed and merged with the same ledger, and tables that follow the records."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import forked
+import pytest
+from conftest import offline
+
+from convmixer_edu import ledger, sweep
+from convmixer_edu.ablate import ARMS, arms, records
+from convmixer_edu.claims import claim, verdict
+from convmixer_edu.sweep import Task, decisive, left, merge, plan, work
+from convmixer_edu.train import Diverged, TrainingError
+
+TASKS = plan(3, "try", 1)
+
+
+def ledger_of(folder, tasks=TASKS):
+    """All that decides, of every record."""
+    return {task.name: decisive(ledger.recorded(task.name, folder/task.scale)) for task in tasks}
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory):
+    """The folder of a sweep that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("sweep")/"quiet"
+    told, exitcode = forked.Process(child, folder).end()
+    assert exitcode == 0 and told[-1] is True
+    return folder
+
+
+def child(tell, out, tasks=TASKS, seconds=None):
+    """A sweep in a process of its own, as the others: one thread."""
+    tell(work(tasks, out, "digits", "cpu", seconds, tell=lambda run: tell(run["name"])))
+
+
+def reseal(run):
+    """Seal a record anew, as a forger would."""
+    note = json.loads((run/"record.json").read_text())
+    (run/"record.json").write_text(json.dumps({**note, "sha256": ledger._seal(run)}))
+
+
+def edit(run, old, new):
+    """Change something in what a run came to."""
+    text = (run/"run.json").read_text()
+    assert text.count(old) >= 1
+    (run/"run.json").write_text(text.replace(old, new, 1))
+
+
+# the order
+
+
+@pytest.mark.parametrize("table", [3, 4, None])
+def test_any_stop_leaves_every_arm_with_as_many_runs_but_one(table):
+    tasks, names = plan(table, "tiny", 5), [arm.name for arm in arms(table, "tiny")]
+    assert len({t.name for t in tasks}) == len(tasks) == 5*len(names)
+    for stop in range(len(tasks) + 1):
+        counts = [sum(t.arm == name for t in tasks[:stop]) for name in names]
+        assert max(counts) - min(counts) <= 1
+    assert [t.seed for t in tasks] == sorted(t.seed for t in tasks)
+
+
+def test_work_grows_with_the_network_and_the_images():
+    size = {t.arm: t.work for t in plan(4, "tiny", 1)}
+    assert size["128-4"] < size["baseline"] < size["k15"] < size["p1"] and size["p4"] < size["baseline"]
+    assert Task("light25", "baseline", 0).work > 20*Task("tiny", "baseline", 0).work
+
+
+# killed
+
+
+def test_killed_ten_times_at_random_the_ledger_is_the_same(quiet, tmp_path):
+    draw, kills = random.Random(7), 0
+    while kills < 10:
+        process = forked.Process(child, tmp_path)
+        time.sleep(draw.uniform(0.05, 0.6))
+        rest, exitcode = process.end(signal.SIGKILL)
+        if exitcode == 0:  # it was faster: begin again with the last runs
+            shutil.rmtree(tmp_path/"try"/TASKS[-1].name)
+            shutil.rmtree(tmp_path/"try"/TASKS[-2].name)
+        kills += exitcode == -signal.SIGKILL
+    told, exitcode = forked.Process(child, tmp_path).end()
+    assert told[-1] is True and exitcode == 0
+    assert ledger_of(tmp_path) == ledger_of(quiet)
+    assert sorted(ledger.names(tmp_path/"try")) == sorted(t.name for t in TASKS)
+
+
+def test_killed_while_a_record_is_written(quiet, tmp_path, monkeypatch):
+    """A half-written record is no record; the run is sealed again from what training left."""
+    shutil.copytree(quiet, tmp_path/"out")
+    task, out = TASKS[3], tmp_path/"out"
+    shutil.rmtree(out/"try"/task.name)
+    half = out/"try"/f".{task.name}.part"
+    half.mkdir()
+    (half/"record.json").write_text("{")
+    assert work(TASKS, out, "digits", "cpu")
+    assert not half.exists() and ledger_of(out).keys() == ledger_of(quiet).keys()
+
+
+def test_stopped_by_a_signal_it_goes_on_where_it_was(quiet, tmp_path):
+    process = forked.Process(child, tmp_path)
+    first = next(iter(process))
+    rest, _ = process.end(signal.SIGTERM)
+    assert first == TASKS[0].name and left(TASKS, tmp_path)
+    assert forked.Process(child, tmp_path).end()[0][-1] is True
+    assert ledger_of(tmp_path) == ledger_of(quiet)
+
+
+def test_a_budget_ends_the_work_in_time_and_nothing_is_lost(quiet, tmp_path):
+    rounds = 0
+    while not forked.Process(child, tmp_path, TASKS, 0.6).end()[0][-1]:
+        rounds += 1
+        assert rounds < 500  # each round does a step at least
+    assert rounds > 0 and ledger_of(tmp_path) == ledger_of(quiet)
+
+
+def test_nothing_finished_is_run_again(quiet, tmp_path, monkeypatch):
+    shutil.copytree(quiet, tmp_path/"out")
+    monkeypatch.setattr(sweep, "train", None)  # it could not
+    assert work(TASKS, tmp_path/"out", "digits", "cpu")
+
+
+# several
+
+
+def test_two_processes_share_the_runs_and_do_none_twice(quiet, tmp_path):
+    both = [forked.Process(child, tmp_path) for _ in range(2)]
+    told = [process.end()[0] for process in both]
+    assert told[0][-1] is told[1][-1] is True
+    done = [name for lines in told for name in lines[:-1]]
+    assert sorted(done) == sorted(t.name for t in TASKS) and min(map(len, told)) > 1
+    assert ledger_of(tmp_path) == ledger_of(quiet)
+
+
+@pytest.fixture
+def crowd(tmp_path):
+    """The command with two processes, running."""
+    words = [Path(sys.executable).with_name("convmixer"), "ablate", "--scale", "try", "--seeds", "8", "--jobs", "2",
+             "--out", tmp_path/"out", "--data", "digits", "--device", "cpu"]
+    process = subprocess.Popen(words, env=offline(CONVMIXER_CACHE=tmp_path/"cache"), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    yield process, tmp_path/"out"
+    process.kill()
+    process.communicate()
+
+
+def workers(out):
+    """The processes that work for this folder."""
+    found = []
+    for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = cmdline.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if "convmixer_edu.sweep" in words and any(str(out) in word for word in words):
+            found.append(int(cmdline.parent.name))
+    return found
+
+
+def wait_for(condition, seconds=90):
+    """Wait until something is true; fail if it never is."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_a_crowd_works_and_dies_with_its_parent(crowd):
+    process, out = crowd
+    wait_for(lambda: len(ledger.names(out/"try")) >= 2)
+    assert len(workers(out)) == 2
+    process.kill()  # no goodbye: the others must notice
+    wait_for(lambda: not workers(out))
+    found = records("try", out)  # all that is there is whole
+    assert sum(map(len, found.values())) >= 2 and {run["threads"] for runs in found.values() for run in runs} == {
+        max(1, len(os.sched_getaffinity(0))//2)}
+    assert left(plan(3, "try", 8), out)
+
+
+def test_what_goes_wrong_in_a_crowd_is_one_sentence(tmp_path):
+    with pytest.raises(TrainingError, match="cuda:9"):
+        sweep.sweep(TASKS, tmp_path, "digits", "cuda:9", jobs=2)
+
+
+# a loss that is no number
+
+
+def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, quiet):
+    real = sweep.train
+
+    def train(config, *args, **options):
+        if config.activation == "relu":
+            (tmp_path/"out/work").mkdir(parents=True, exist_ok=True)
+            run = args[1]
+            run.mkdir()
+            (run/"config.json").write_text("{}")
+            raise Diverged("the loss became nan in epoch 1, step 3")
+        return real(config, *args, **options)
+
+    monkeypatch.setattr(sweep, "train", train)
+    assert work(TASKS, tmp_path/"out", "digits", "cpu")
+    (run,) = records("try", tmp_path/"out")["relu"]
+    assert "nan" in run["failed"] and not left(TASKS, tmp_path/"out")
+    shown = sweep.runs(3, "try", tmp_path/"out").data
+    assert "not run, 1 failed" in next(line for line in shown.split("\n") if "ReLU" in line)
+    row = next(r for r in sweep.rows(3, "try", tmp_path/"out") if r.contrast.arm == "relu")
+    assert row.ours is None and row.word == "not run"
+
+
+def test_the_trainer_says_which_errors_are_divergence(tmp_path):
+    from convmixer_edu.recipe import Config
+    from convmixer_edu.train import train
+    wild = Config(dim=8, depth=1, kernel_size=3, patch_size=1, epochs=3, batch_size=64, lr=1e30, clip=0.0, limit=300,
+                  flip=False, depthwise="library", precision="float32")
+    with pytest.raises(Diverged, match="the loss became (nan|inf)"):
+        train(wild, "digits", tmp_path/"run", device="cpu")
+
+
+# merged
+
+
+def test_two_folders_merged_are_one_run_of_both(quiet, tmp_path):
+    for name, part in (("a", TASKS[:6]), ("b", TASKS[4:])):  # two are in both
+        assert forked.Process(child, tmp_path/name, part).end()[0][-1] is True
+    assert merge([tmp_path/"a", tmp_path/"b"], tmp_path/"both") == len(TASKS)
+    assert ledger_of(tmp_path/"both") == ledger_of(quiet)
+    assert merge([tmp_path/"a", quiet], tmp_path/"both") == 0
+
+
+def test_a_result_edited_by_hand_is_not_merged(quiet, tmp_path):
+    shutil.copytree(quiet, tmp_path/"a")
+    edit(tmp_path/"a/try/relu-seed0", '"test_accuracy": ', '"test_accuracy": 1')
+    with pytest.raises(ValueError, match="relu-seed0 was changed after it was made"):
+        merge([tmp_path/"a"], tmp_path/"both")
+
+
+def test_one_task_with_two_results_is_refused(quiet, tmp_path):
+    shutil.copytree(quiet, tmp_path/"a")
+    run = tmp_path/"a/try/relu-seed0"
+    edit(run, '"test_accuracy": ', '"test_accuracy": 1')
+    reseal(run)
+    with pytest.raises(ValueError, match="relu-seed0 are one task with two results"):
+        merge([tmp_path/"a", quiet], tmp_path/"both")
+
+
+def test_time_and_place_do_not_decide_but_everything_else_does(quiet):
+    run = ledger.recorded("relu-seed0", quiet/"try")
+    other = {**run, "seconds": 9e9, "device": "another", "threads": 77, "images_per_second": 1, "commit": "x"}
+    other["metrics"] = [{**line, "seconds": 1.0} for line in run["metrics"]]
+    assert decisive(other) == decisive(run)
+    for key, value in (("test_accuracy", 1.0), ("test_loss", 1.0), ("train_fingerprint", "x"), ("steps", 1),
+                       ("config", {}), ("test_confusion", [])):
+        assert decisive({**run, key: value}) != decisive(run)
+    wrong = [{**line, "loss": 0.0} for line in run["metrics"]]
+    assert decisive({**run, "metrics": wrong}) != decisive(run)
+
+
+# tables
+
+
+def test_a_table_follows_its_records(quiet, tmp_path):
+    shutil.copytree(quiet, tmp_path/"a")
+    before = sweep.runs(3, "try", tmp_path/"a").data, sweep.differences(3, "try", tmp_path/"a").data
+    was = ledger.recorded("relu-seed0", quiet/"try")["test_accuracy"]
+    run = tmp_path/"a/try/relu-seed0"
+    edit(run, f'"test_accuracy": {was}', f'"test_accuracy": {was + 1:.3f}')
+    reseal(run)
+    after = sweep.runs(3, "try", tmp_path/"a").data, sweep.differences(3, "try", tmp_path/"a").data
+    for old, new in zip(before, after):
+        changed = [b for a, b in zip(old.split("\n"), new.split("\n"), strict=True) if a != b]
+        assert len(changed) == 1 and "ReLU" in changed[0]
+    assert f"{was + 1:.2f}" in after[0]
+
+
+@pytest.mark.parametrize("table", [3, 4])
+def test_no_arm_is_missing_from_a_table_run_or_not(tmp_path, table):
+    shown = sweep.runs(table, "tiny", tmp_path).data.split("\n")
+    own = [arm for arm in ARMS.values() if arm.table == table or arm.name == "baseline"]
+    assert len(shown) == 2 + len(own) and all("| not run | 0 |" in line for line in shown[2:])
+    for arm, line in zip(own, shown[2:]):
+        assert line.startswith(f"| {arm.words} |") and (not arm.claim or f"#{arm.claim}" in line)
+    told = sweep.differences(table, "tiny", tmp_path).data
+    assert told.count("not run") == len(sweep.rows(table, "tiny", tmp_path))
+
+
+def test_the_papers_effects_are_the_claims():
+    for row in sweep.rows(3, "try", "nowhere") + sweep.rows(4, "try", "nowhere"):
+        c = row.contrast
+        if c.claim:
+            assert row.paper == claim(c.claim).number
+        elif row.paper is not None:
+            a, b = (claim(ARMS[name].claim).number for name in (c.arm, c.against))
+            assert abs(a - b - row.paper) < 0.006
+    assert any(row.paper is None for row in sweep.rows(4, "try", "nowhere")) is False
+
+
+def test_the_books_runs_are_linked_to_where_they_lie():
+    line = next(line for line in sweep.runs(3, "tiny").data.split("\n") if line.startswith("| no residual |"))
+    for seed in range(5):
+        assert f"/tree/main/results/ablations/tiny/no-residual-seed{seed})" in line
+        assert (ledger.results_folder()/f"ablations/tiny/no-residual-seed{seed}/metrics.jsonl").exists()
+
+
+def test_a_claim_that_ran_at_another_scale_only_stays_not_run():
+    told = verdict("b3-no-randaug")
+    assert told.word == "not run" and "scale tiny" in told.ours + told.how and "±" in told.ours
+    assert verdict("b4-256-8-p1-k13").word == "not run"
