@@ -267,7 +267,7 @@ def read_weights(
             raise CheckpointError(f"{file} does not fit: {error}") from None
     return tensors, said
 
-# %% ../nbs/08_imagenet.ipynb #d4c4b2b1
+# %% ../nbs/08_imagenet.ipynb #be5ead14
 def _why(error):
     "The first sentence of another library's message"
     text = str(error).strip() or type(error).__name__
@@ -325,8 +325,9 @@ def _unwrap(found, file):
     tensors = {}
     for key, tensor in found.items():
         key = str(key).removeprefix("module.").removeprefix("_orig_mod.")
-        whole = not tensor.is_floating_point()
-        tensors[key] = tensor if whole else tensor.float()
+        dtype = torch.float32 if tensor.is_floating_point() else None
+        # copied, lest it be a view of a file that may change
+        tensors[key] = tensor.to(dtype=dtype, copy=True)
     return tensors, said
 
 # %% ../nbs/08_imagenet.ipynb #1d034cc3

@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import functools
 import hashlib
+import http.server
 import io
 import json
 import pickle
@@ -10,15 +12,18 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import timm
 import torch
 from conftest import offline
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from sklearn.datasets import load_sample_image
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.models.convmixer import ConvMixer as Timms
@@ -489,6 +494,80 @@ def test_another_network_on_the_hub_is_refused(hub, tmp_path):
     hub.content[:] = [(tmp_path / "other").read_bytes()]
     with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="kernel_size is 5"):
         load_pretrained("convmixer_768_32")
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub as one file needs; `plan` says how many bytes each download gets before the line breaks."""
+
+    protocol_version, content, plan = "HTTP/1.1", b"", []
+
+    def log_message(self, *words):
+        pass
+
+    def do_HEAD(self):
+        self.send_response(200)
+        for name, value in {"X-Repo-Commit": "1" * 40, "Content-Length": len(self.content), "X-Linked-Size": len(self.content),
+                            "X-Linked-Etag": f'"{hashlib.sha256(self.content).hexdigest()}"'}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+
+    def do_GET(self):
+        wanted = self.headers.get("Range")
+        body = self.content[int(wanted[6:].split("-")[0]) if wanted else 0:]
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        cut = self.plan.pop(0) if self.plan else len(body)
+        self.wfile.write(body[:cut])
+        self.close_connection = cut < len(body)
+
+
+@pytest.fixture
+def real_hub(monkeypatch, tmp_path):
+    """huggingface_hub itself, with a server on this machine: (the server, timm's model, the cache)."""
+    model = small(monkeypatch)
+    handler = type("Handler", (Server,), {"content": save(model.state_dict()), "plan": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(pretrained, "_hub_reachable", lambda: True)
+    monkeypatch.setattr(pretrained, "hf_hub_download", functools.partial(
+        huggingface_hub.hf_hub_download, endpoint=f"http://127.0.0.1:{server.server_port}", cache_dir=tmp_path / "hub"))
+    yield handler, model, tmp_path / "hub"
+    server.shutdown()
+
+
+def test_the_real_client_keeps_its_cache_sound(real_hub):
+    """A line that breaks, a file that rots, a server that is gone."""
+    server, model, cache = real_hub
+    server.plan[:] = [500]  # after so many bytes the line breaks; the client asks for the rest
+    x = torch.rand(1, 3, 16, 16)
+    assert torch.equal(load_pretrained("convmixer_768_32")(x), model(x))
+    (blob,) = cache.glob("models--timm--convmixer_768_32.in1k/blobs/*")
+    assert blob.name == hashlib.sha256(server.content).hexdigest()
+    for rotten in (server.content[:-8], server.content[:-1] + b"!"):
+        blob.write_bytes(rotten)
+        with pytest.warns(UserWarning, match="damaged.*fetched anew"):
+            assert torch.equal(load_pretrained("convmixer_768_32")(x), model(x))
+        assert blob.read_bytes() == server.content
+    server.do_HEAD = server.do_GET = lambda handler: handler.send_error(404)
+    assert torch.equal(load_pretrained("convmixer_768_32")(x), model(x))
+    blob.write_bytes(b"rotten")
+    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="cannot be fetched") as told:
+        load_pretrained("convmixer_768_32")
+    assert "\n" not in str(told.value)
+    assert [file for file in cache.rglob("*.incomplete")] == []
+
+
+def test_a_download_that_never_ends_well_leaves_nothing(real_hub, monkeypatch):
+    server, _, cache = real_hub
+    server.plan[:] = [100] * 50
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client waits between its trials
+    with pytest.raises(CheckpointError, match="cannot be fetched"):
+        load_pretrained("convmixer_768_32")
+    assert not [file for file in cache.rglob("*") if file.is_file() and file.parent.name in ("blobs", "1" * 40)]
 
 
 # ---------------------------------------------------------------- evaluation
