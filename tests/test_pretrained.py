@@ -703,16 +703,18 @@ def test_a_note_that_does_not_belong_is_not_used(photographs, weights, monkeypat
 
 
 def parquet(photographs, folder, names=SYNSETS, rows=None, label=True):
-    """The photographs as a parquet file, in the layout of `datasets`."""
+    """The photographs as two parquet files, in the layout of `datasets`."""
     import datasets
-    files = [(file, i) for i, name in enumerate(SYNSETS) for file in sorted((photographs / "val" / name).iterdir())]
+    files = [(file, i) for i, name in enumerate(SYNSETS) for file in sorted((photographs / "val" / name).iterdir())][:rows]
     columns = {"image": [{"bytes": file.read_bytes(), "path": None} for file, _ in files]}
     kinds = {"image": datasets.Image()}
     if label:
         columns["label"], kinds["label"] = [i for _, i in files], datasets.ClassLabel(names=list(names))
     folder.mkdir()
     table = datasets.Dataset.from_dict(columns, datasets.Features(kinds))
-    table.to_parquet(folder / "validation-00000-of-00001.parquet")
+    half = len(table) // 2
+    for i, part in enumerate((range(half), range(half, len(table)))):
+        table.select(part).to_parquet(folder / f"validation-{i:05}-of-00002.parquet")
     return folder
 
 
@@ -736,7 +738,7 @@ def test_a_dataset_on_the_hub_is_streamed(photographs, weights, monkeypatch, tmp
 
     def hub(name, split, streaming):
         assert (name, split, streaming) == ("owner/imagenet", "validation", True)
-        return load("parquet", data_files={split: str(next(table.iterdir()))}, split=split, streaming=True)
+        return load("parquet", data_files={split: sorted(map(str, table.iterdir()))}, split=split, streaming=True)
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
     monkeypatch.setattr(pretrained, "_hub_reachable", lambda: True)
@@ -764,10 +766,10 @@ def data_of_no_use(kind, photographs, tmp_path):
     if kind == "empty":
         place.mkdir()
         return place, "is empty"
-    if kind in ("names", "column", "more rows"):
+    if kind in ("names", "column", "no rows"):
         names = ("cat", "dog", "cow", "hen") if kind == "names" else SYNSETS
-        return parquet(photographs, place, names, label=kind != "column"), (
-            "the data have 4 classes" if kind == "names" else "no column of.*ClassLabel" if kind == "column" else "")
+        words = {"names": "the data have 4 classes", "column": "no column of.*ClassLabel", "no rows": "has no images"}[kind]
+        return parquet(photographs, place, names, 0 if kind == "no rows" else None, kind != "column"), words
     shutil.copytree(photographs, place)
     if kind == "no split":
         (place / "val").rename(place / "train")
@@ -780,7 +782,7 @@ def data_of_no_use(kind, photographs, tmp_path):
     return place, "jpg is not an image that can be read"
 
 
-@pytest.mark.parametrize("kind", ["no folder", "digits", "hub", "empty", "names", "column", "no split", "text", "broken"])
+@pytest.mark.parametrize("kind", ["no folder", "digits", "hub", "empty", "no rows", "names", "column", "no split", "text", "broken"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_data_of_no_use_are_one_sentence(kind, workers, photographs, weights, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "_hub_reachable", lambda: False)
