@@ -150,7 +150,9 @@ def count_kept(
     """Count what training keeps of one image until the backward pass (Sec. 2).
 
     Two values a place and channel for the patch embedding, six for every
-    block. Raises a ValueError naming a size that is no positive whole number.
+    block. For an odd kernel: of an even one PyTorch keeps its padded input, a
+    row and a column more. Raises a ValueError naming a size that is no
+    positive whole number.
     """
     check_sizes(**locals())
     places = (image_size//patch_size)**2
