@@ -676,6 +676,23 @@ def test_killed_and_called_again_it_goes_on(photographs, weights, monkeypatch):
     assert not note.exists()
 
 
+def test_a_process_killed_for_good_loses_little(photographs, weights, monkeypatch):
+    """kill -9 once there is a note; whoever calls again does not start anew."""
+    ask = dict(source=str(photographs), file=str(weights), batch_size=1, workers=0, save_seconds=0)
+    program = f"from convmixer_edu.pretrained import evaluate_pretrained as e; e('convmixer_1024_20', **{ask!r})"
+    victim = subprocess.Popen([sys.executable, "-c", program], env=offline(OMP_NUM_THREADS=1))
+    notes = Path("cache/evaluations")
+    while victim.poll() is None and not list(notes.glob("*.safetensors")):
+        time.sleep(0.01)
+    victim.kill()
+    assert victim.wait() == -9 and len(list(notes.glob("*.safetensors"))) == 1
+    seen = watch(monkeypatch)
+    told = evaluate_pretrained("convmixer_1024_20", **ask)
+    assert 0 < len(seen) < 11 and told["images"] == 11
+    whole = evaluate_pretrained("convmixer_1024_20", **ask)
+    assert same(told, whole)
+
+
 @pytest.mark.parametrize("what", ["damaged", "other pictures", "other weights"])
 def test_a_note_that_does_not_belong_is_not_used(photographs, weights, monkeypatch, tmp_path, what):
     photographs = shutil.copytree(photographs, tmp_path / "own")
@@ -898,6 +915,8 @@ def test_a_run_begins_with_the_weights_and_a_new_head(start, two_photos):
         elif "running" not in key and "tracked" not in key:
             assert torch.equal(trained[key], tensor), key
     other, _ = load_run("run")
+    x = torch.rand(2, 3, 42, 42)
+    assert torch.allclose(to_timm(other)(x), other(x), atol=1e-5)  # a checkpoint of ours in timm
     assert isinstance(other[1], nn.ReLU) and record["classes"] == ["china", "flower"]
     assert json.loads(Path("run/config.json").read_text())["mean"] == [0.485, 0.456, 0.406]
     assert len(predict("run", [next(two_photos.glob("test/*/*.jpg"))])[0]) == 2
