@@ -603,10 +603,10 @@ def _check_sweep(table, scale, merged, pace):
             raise Failure(f"there is no folder {folder} to merge")
 
 
-def _plan(table, scale, seeds):
+def _plan(table, scale, seeds, only):
     "The tasks of one table or both, seed by seed"
     from convmixer_edu.sweep import plan
-    return plan(None if table == "all" else int(table), scale, seeds)
+    return plan(None if table == "all" else int(table), scale, seeds, only)
 
 # %% ../nbs/11_command_line.ipynb #28d7a855
 @app.command("ablate")
@@ -621,6 +621,9 @@ def ablate_command(
         metavar="NAME", help="tiny (minutes on a CPU), light25 or paper200 "
         "(GPU), try (seconds, means nothing).")] = "tiny",
     seeds: Annotated[int, typer.Option(min=1, help="Runs an arm.")] = 5,
+    only: Annotated[list[str] | None, typer.Option(
+        metavar="ARM", help="Run this arm and the baseline; may be given "
+        "again.")] = None,
     budget: Annotated[str | None, typer.Option(
         metavar="TIME", help="Stop in time, such as 9m; the same command "
         "goes on.")] = None,
@@ -640,7 +643,8 @@ def ablate_command(
     "Run the paper's ablations, arm by arm, and tell what they say."
     _check_sweep(table, scale, merged, pace)
     _check_words(None, device)
-    seconds, tasks = _seconds(budget), _plan(table, scale, seeds)
+    seconds, tasks = _seconds(budget), _plan(
+        table, scale, seeds, only or ())
     if pace:
         return _show_pace(out, scale, data, device, as_json)
     if merged:

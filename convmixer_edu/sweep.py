@@ -63,19 +63,19 @@ def plan(
     table: int | None,  # 3 or 4; None: both
     scale: str,
     seeds: int,  # runs an arm
+    only: list[str] = (),  # names of arms; none: all of the table
 ) -> list[Task]:
-    "All arms with one seed, then all with the next"
-    return [Task(scale, arm.name, seed) for seed in range(seeds)
-            for arm in arms(table, scale)]
+    """All arms with one seed, then all with the next
 
-
-def left(
-    tasks: list[Task],
-    out: str | Path,
-) -> list[Task]:
-    "Those that have no record in the folder yet"
-    return [t for t in tasks
-            if not (Path(out)/t.scale/t.name/"record.json").exists()]
+    The baseline is always among them. Raises `ValueError` for a name that
+    the table does not have at this scale."""
+    known = [arm.name for arm in arms(table, scale)]
+    if unknown := [name for name in only if name not in known]:
+        raise ValueError(f"there is no arm {unknown[0]!r}: expected some of "
+                         f"{', '.join(known)}")
+    chosen = ["baseline", *only] if only else known
+    return [Task(scale, arm, seed) for seed in range(seeds)
+            for arm in dict.fromkeys(chosen)]
 
 # %% ../nbs/B2_sweep.ipynb #d22d1773
 def left(

@@ -532,10 +532,14 @@ class stop_signal:
 def _finish(run: Run, test, report):
     "Read the test set, once, and write down the result"
     seen = score(run.model, test, run.stats, dtype=run.dtype)
+    few = dataclasses.replace(run.data, images=run.data.images[:10_000],
+                              labels=run.data.labels[:10_000])
+    own = score(run.model, few, run.stats, dtype=run.dtype)
     record = {
         "test_accuracy": round(seen["accuracy"], 3),
         "test_loss": round(seen["loss"], 5), "test_images": len(test),
         "test_confusion": seen["confusion"],
+        "train_accuracy": round(own["accuracy"], 3),  # of its own images
         "classes": list(test.classes),
         "seconds": round(run.seconds, 2),
         "images_per_second": round(run.done * run.batch / run.seconds, 1),

@@ -639,7 +639,7 @@ def test_folders_are_merged_by_the_command(swept, tmp_path):
     ("--table 5", "--table is '5', expected 3, 4 or all"), ("--scale huge", "no scale 'huge': expected one of paper200"),
     ("--budget soon", "--budget is 'soon', expected a time such as 90s"), ("--budget 0", "--budget is '0'"),
     ("--merge nowhere", "no folder nowhere to merge"), ("--seeds 0", "seeds"), ("--jobs 0", "jobs"),
-    ("--merge . --pace", "leave one out"), ("--device gpu", "no device 'gpu'")])
+    ("--only tanh", "no arm 'tanh': expected some of baseline"), ("--merge . --pace", "leave one out"), ("--device gpu", "no device 'gpu'")])
 def test_wrong_words_of_a_sweep(line, words, tmp_path):
     fails(f"ablate --out new {line}", words)
     assert not (tmp_path / "new").exists()

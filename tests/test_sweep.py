@@ -68,6 +68,13 @@ def test_any_stop_leaves_every_arm_with_as_many_runs_but_one(table):
     assert [t.seed for t in tasks] == sorted(t.seed for t in tasks)
 
 
+def test_some_arms_only():
+    tasks = plan(3, "tiny", 2, ["relu", "no-mix"])
+    assert [t.name for t in tasks] == [f"{arm}-seed{seed}" for seed in (0, 1) for arm in ("baseline", "relu", "no-mix")]
+    with pytest.raises(ValueError, match="no arm 'tanh': expected some of baseline, no-residual"):
+        plan(3, "tiny", 2, ["tanh"])
+
+
 def test_work_grows_with_the_network_and_the_images():
     size = {t.arm: t.work for t in plan(4, "tiny", 1)}
     assert size["128-4"] < size["baseline"] < size["k15"] < size["p1"] and size["p4"] < size["baseline"]

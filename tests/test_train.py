@@ -32,6 +32,10 @@ def test_a_run_folder_holds_what_the_run_was(finished):
     out, record, events = finished
     assert {f.name for f in out.iterdir()} == {"config.json", "metrics.jsonl", "model.safetensors", "run.json"}
     assert record == json.loads((out / "run.json").read_text())
+    own = load_images("digits", "train", record["config"]["limit"])
+    model, info = inference.load_run(out)
+    seen = inference.score(model, own, info.stats, dtype=getattr(torch, record["precision"]))
+    assert record["train_accuracy"] == round(seen["accuracy"], 3)
     for key in ("test_accuracy", "seconds", "images_per_second", "peak_memory_mb", "torch", "timm", "device",
                 "train_fingerprint", "test_fingerprint"):
         assert record[key], key
