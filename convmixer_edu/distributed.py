@@ -2,11 +2,12 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_FLAGS', 'IMAGENET_GPUS', 'TIMM_RUNNER', 'world', 'rank', 'is_main', 'setup', 'all_sum', 'shard', 'any_of',
-           'from_main', 'SyncedBatchNorm2d', 'synchronise_batchnorm', 'parallel', 'imagenet_flags']
+           'from_main', 'SyncedBatchNorm2d', 'synchronise_batchnorm', 'parallel', 'imagenet_flags', 'imagenet_command']
 
 # %% ../nbs/06d_scaling.ipynb #c3cae6eb
 import atexit
 import os
+import shlex
 
 import torch
 import torch.distributed as dist
@@ -249,3 +250,32 @@ train.create_scheduler_v2 = create_scheduler
 if __name__ == "__main__":
     train.main()
 '''
+
+# %% ../nbs/06d_scaling.ipynb #9dab7f0d
+def imagenet_command(
+    gpus: int = 8,  # of each machine
+    nodes: int = 1,  # machines
+    fits: int = 64,  # images that a GPU has memory for at a time
+    data: str = "imagenet",  # the folder with train/ and validation/
+    **changes,  # another value for a flag, as in `imagenet_flags`
+) -> str:  # for a shell; with several machines, the same on each
+    """timm's script by torchrun, the paper's batch on any machines (Sec. 3)
+
+    Raises `ValueError` when the batch cannot be shared equally."""
+    whole = IMAGENET_FLAGS["batch-size"][0] * IMAGENET_GPUS[0]
+    if gpus < 1 or nodes < 1 or whole % (gpus * nodes):
+        raise ValueError(f"{gpus} x {nodes} GPUs cannot share a batch of "
+                         f"{whole}: expected a number that divides it")
+    own = whole // (gpus * nodes)
+    turns = next(t for t in range(1, own + 1)
+                 if own % t == 0 and own // t <= max(1, fits))
+    words = ["torchrun", f"--nproc-per-node={gpus}"]
+    if nodes > 1:
+        words += [f"--nnodes={nodes}", "--rdzv-backend=c10d",
+                  "--rdzv-id=convmixer",
+                  "--rdzv-endpoint=first-machine:29500"]
+    words += ["train_convmixer.py", "--data-dir", data]
+    if turns > 1:
+        words += ["--grad-accum-steps", str(turns)]
+    flags = imagenet_flags(batch_size=own // turns, **changes)
+    return f"{shlex.join(words)} \\\n   {shlex.join(flags)}"

@@ -56,6 +56,7 @@ class Config:
     engine: str = "batched"  # who augments; or "timm", with Pillow
     workers: int = 2  # processes for the engine timm
     init: str = "uniform"  # of depthwise filters; or "covariance"
+    start: str = ""  # published weights to begin with; "": at random
     seed: int = 0
     holdout: int = 0  # training images kept aside, at most a tenth
     limit: int | None = None  # at most so many training images

@@ -37,6 +37,7 @@ from .engines import make_engine
 from .inference import (Statistics, choose_device, score,
                                      statistics)
 from .initialize import covariance_init
+from .model import IMAGENET
 from .recipe import (PRESETS, Config, augmentation,
                                   learning_rate, make_model,
                                   make_optimizer, with_settings)
@@ -124,6 +125,13 @@ def _setup_record(c, source, data, stats):
             "train_images": len(data), "train_fingerprint": data.fingerprint}
 
 
+def _statistics(c, data):
+    "Of the training images, or those that the first weights are used to"
+    if c.start:
+        return Statistics(IMAGENET["mean"], IMAGENET["std"])
+    return statistics(data.images)
+
+
 def _write_json(path, record):
     "A JSON file that is whole or not there"
     write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
@@ -162,7 +170,7 @@ class Run:
                  choice: Choice, depthwise: str):
         self.c, self.out, self.device = c, Path(out), device
         self.data, self.held = data, held
-        self.stats = statistics(data.images)
+        self.stats = _statistics(c, data)
         self.engine = make_engine(c.engine, data, augmentation(c),
                                   self.stats.mean, self.stats.std, c.seed,
                                   device, c.workers)
@@ -218,10 +226,10 @@ def _update_mirror(run):
 
 
 def _load(run: Run):
-    "Go on from the newest checkpoint, if there is one"
+    "Go on from the newest checkpoint; whether there is one"
     found = from_main(lambda: latest(run.out))
     if found is None:
-        return
+        return False
     tensors, meta = found
     restore(run.model, run.optimizer, tensors)
     run.loss_sum = tensors["loop.loss_sum"].to(run.device)
@@ -229,6 +237,7 @@ def _load(run: Run):
     run.metrics = meta["metrics"]
     if run.scaler.is_enabled():
         run.scaler.load_state_dict(meta["scaler"])
+    return True
 
 # %% ../nbs/06_training.ipynb #fd21babf
 def _loop(run: Run, report, stop):
@@ -328,6 +337,7 @@ def train(
     device: str | None = None,  # None: a GPU if there is one
     report=None,  # called with a dict at each step and epoch
     mirror: str | os.PathLike | None = None,  # a folder that gets copies
+    first=None,  # gives the weights to begin with, if config.start says so
 ) -> dict:  # what run.json holds
     """Train a ConvMixer and leave a folder that tells how (Sec. 3)
 
@@ -345,7 +355,8 @@ def train(
     if aside:
         data, held = split_holdout(data, aside)
     _check_share(min(config.batch_size, len(data)))
-    run = _open_run(config, source, out, data, held, resume, device, mirror)
+    run = _open_run(config, source, out, data, held, resume, device, mirror,
+                    first)
     if (out / "run.json").exists():
         from_main(lambda: _sweep_finished(run))
         return read_json(out / "run.json")
@@ -382,17 +393,18 @@ def _check_data(c, data, test):
                          f"images ({height} x {width}): make it smaller")
 
 # %% ../nbs/06_training.ipynb #7b5b3d7a
-def _open_run(c, source, out, data, held, resume, device, mirror):
+def _open_run(c, source, out, data, held, resume, device, mirror, first):
     "A new folder, or the one that is there, checked and picked up"
     follow = mirror and from_main(
         lambda: open_mirror(Path(mirror), out, resume))
+    first = _first_weights(c, out, data, first)
     old = from_main(lambda: _open_folder(c, source, out, data, resume,
                                          device))
     run = Run(c, out, data, held, device, Choice(**old["choice"]),
               old["depthwise"])
     run.mirror = follow
-    if resume:
-        _load(run)
+    if not (resume and _load(run)) and first is not None:
+        _begin(run, first)
     return run
 
 
@@ -405,7 +417,7 @@ def _open_folder(c, source, out, data, resume, device):
     if not resume and out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: go on with it (--resume) or "
                          "choose another folder")
-    record = _setup_record(c, source, data, statistics(data.images))
+    record = _setup_record(c, source, data, _statistics(c, data))
     if resume:
         old = read_json(note)
         _check_same(json.loads(json.dumps(record)), old, out)
@@ -417,6 +429,43 @@ def _open_folder(c, source, out, data, resume, device):
               "depthwise": depthwise}
     _write_json(note, record)
     return record
+
+# %% ../nbs/06_training.ipynb #849fad45
+def _first_weights(c, out, data, first):
+    "What a run begins with; None if it has begun, or begins at random"
+    begun = (out / "run.json").exists() or any(
+        out.glob("checkpoint-*.safetensors"))
+    if not c.start or begun:
+        return None
+    if first is None:
+        raise ValueError(f"start is {c.start!r}, but no weights were given: "
+                         f"say --finetune {c.start}")
+    with torch.device("meta"):
+        model = make_model(c, len(data.classes), data.images.shape[1])
+    wanted = {name: t.shape for name, t in model.state_dict().items()}
+    given = {}  # stays empty in all processes but one
+
+    def get():
+        given.update(first())
+        for name, tensor in given.items():
+            if wanted.get(name) != tensor.shape:
+                raise ValueError(
+                    f"the weights of {c.start} do not fit: {name} has the "
+                    f"shape {tuple(tensor.shape)}, the recipe and the data "
+                    f"want {tuple(wanted.get(name, ()))}")
+
+    from_main(get)
+    return given
+
+
+def _begin(run, first):
+    "Put the first weights in; they are the checkpoint of step 0"
+    def put():
+        run.model.load_state_dict(first, strict=False)  # all but the head
+        _save(run)
+
+    from_main(put)
+    _load(run)
 
 # %% ../nbs/06_training.ipynb #cb97b4dc
 _FREE = {"checkpoint_seconds", "workers"}  # what may change

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from convmixer_edu.anatomy import (Layer, count_macs, count_parameters, layers,
+from convmixer_edu.anatomy import (Layer, count_kept, count_macs, count_parameters, layers,
                                    receptive_field)
 from convmixer_edu.model import PAPER_MODELS, ConvMixer
 
@@ -92,6 +92,24 @@ def test_receptive_field_equals_the_nonzero_gradient(depth, kernel_size, patch_s
         at = seen.any(axis).nonzero().flatten()
         assert len(at) == side and int(at[-1] - at[0]) + 1 == side
     assert seen.sum() == side*side
+
+
+@pytest.mark.parametrize("h, d, k, p, c, side, batch", [(5, 2, 2, 3, 3, 20, 3), (6, 1, 3, 1, 1, 5, 1), (5, 4, 5, 3, 3, 20, 3), (16, 7, 9, 4, 2, 33, 2)])
+def test_kept_values_are_those_that_autograd_puts_aside(h, d, k, p, c, side, batch):
+    """On images that the patches do not divide, too; by the storage of every tensor that is saved."""
+    model, seen = ConvMixer(h, d, k, p, 7, c), {}
+    own = {w.untyped_storage().data_ptr() for w in model.state_dict().values()}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if tensor.dim() > 1 and storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = (tensor, storage.nbytes() // 4)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(torch.rand(batch, c, side, side)).sum().backward()
+    padding = 0 if k % 2 else batch * d * h * ((side // p + 1) ** 2 - (side // p) ** 2)
+    assert sum(values for _, values in seen.values()) == batch * count_kept(h, d, p, c, side) + padding
 
 
 def test_receptive_field_of_the_papers_models():

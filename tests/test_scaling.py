@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -272,6 +273,26 @@ def test_flags_can_be_changed_and_unknown_ones_are_named():
     assert words[words.index("--scale"):][:3] == ["--scale", "0.08", "1.0"]
     with pytest.raises(ValueError, match="there is no flag 'learning-rate'"):
         d.imagenet_flags(learning_rate=1)
+
+
+@pytest.mark.parametrize("gpus, nodes, fits, own, turns", [
+    (10, 1, 64, 64, 1), (1, 1, 64, 64, 10), (8, 1, 64, 40, 2), (8, 2, 64, 40, 1), (8, 1, 80, 80, 1), (1, 1, 7, 5, 128),
+    (640, 1, 64, 1, 1), (4, 4, 3, 2, 20)])
+def test_any_machines_take_the_papers_batch(gpus, nodes, fits, own, turns):
+    words = shlex.split(d.imagenet_command(gpus, nodes, fits, "my photos", epochs=300).replace("\\\n", ""))
+    def value(flag):
+        return words[words.index(flag) + 1]
+    assert words[0] == "torchrun" and words[1] == f"--nproc-per-node={gpus}"
+    assert value("--batch-size") == str(own) and gpus * nodes * own * turns == 640
+    assert value("--grad-accum-steps") == str(turns) if turns > 1 else "--grad-accum-steps" not in words
+    assert (f"--nnodes={nodes}" in words) == ("--rdzv-backend=c10d" in words) == (nodes > 1)
+    assert value("--data-dir") == "my photos" and value("--epochs") == "300" and value("--lr") == "0.01"
+
+
+@pytest.mark.parametrize("gpus, nodes", [(3, 1), (0, 1), (8, 0), (8, 3), (1280, 1)])
+def test_machines_that_cannot_share_the_batch(gpus, nodes):
+    with pytest.raises(ValueError, match="cannot share a batch of 640"):
+        d.imagenet_command(gpus, nodes)
 
 
 # The trainer itself
