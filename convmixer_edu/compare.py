@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'RULES', 'NO_RULE', 'RACE', 'ASKED', 'PARTS', 'Result', 'timm_results', 'published', 'source', 'Work',
-           'count_work', 'work_of', 'full_gmacs', 'photos', 'settled', 'six_lines', 'measure', 'recorded_speeds',
+           'count_work', 'work_of', 'full_gmacs', 'photos', 'settled', 'measure', 'recorded_speeds',
            'images_per_second', 'main', 'print_record']
 
 # %% ../nbs/A_comparisons.ipynb #5c65db76
@@ -28,6 +28,7 @@ from .deploy import (clock, distance, enough, export_onnx,
 from .ledger import pretrained_run, results_folder
 from .inference import choose_device, load_run
 from .model import PAPER_MODELS, ConvMixer
+from .pretrained import from_timm
 from .speed import Choice, frozen, keep_freed_memory
 from .train import _machine
 
@@ -307,21 +308,6 @@ def settled(
     return model.eval()
 
 
-def six_lines(
-    theirs: nn.Module,  # timm's convmixer_768_32
-) -> nn.Sequential:  # ours, ReLU included, with the same weights
-    "timm's published network as the six lines of this book"
-    k, p, _ = PAPER_MODELS[768, 32]
-    ours = ConvMixer(768, 32, k, p)
-    for part in [*ours.modules()]:
-        for name, child in part.named_children():
-            if isinstance(child, nn.GELU):
-                setattr(part, name, nn.ReLU())
-    weights = theirs.state_dict().values()
-    ours.load_state_dict(dict(zip(ours.state_dict(), weights)))
-    return ours.eval()
-
-
 def _fresh(network, device, side=224):
     "One of timm's networks, ready to be timed"
     torch.manual_seed(0)
@@ -379,7 +365,7 @@ def _fast_part(record, device, rounds, left, weights):
     images = images.to(device)
     theirs = (_fresh(name, device) if weights == "drawn" else
               timm.create_model(name, pretrained=True).eval().to(device))
-    ours = six_lines(theirs).to(device)
+    ours = from_timm(theirs).to(device)
     tolerance = 0.05 if weights == "drawn" else 0.02
     best = optimize_for_inference(ours, images, tolerance,
                                   min(120.0, left()/3))

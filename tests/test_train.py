@@ -121,7 +121,7 @@ def test_the_schedule_is_three_straight_lines():
 
 
 def test_weight_decay_spares_biases_and_norms():
-    model = t.ConvMixer(8, 2, 3, 1, 10, 1)
+    model = recipe.make_model(TINY, 10, 1)
     decayed, spared = recipe.make_optimizer(model, TINY).param_groups
     assert all(p.ndim > 1 for p in decayed["params"]) and all(p.ndim == 1 for p in spared["params"])
     assert decayed["weight_decay"] == TINY.weight_decay and spared["weight_decay"] == 0
