@@ -15,7 +15,7 @@ from convmixer_edu.anatomy import count_parameters
 from convmixer_edu.compare import (
     SOURCES, Result, count_work, full_gmacs, images_per_second, published, recorded_speeds, source, timm_results, work_of,
 )
-from convmixer_edu.model import PAPER_MODELS, ConvMixer
+from convmixer_edu.model import PAPER_MODELS
 
 FILE = Path(convmixer_edu.__file__).with_name("imagenet_timm.csv")
 
