@@ -178,7 +178,7 @@ def combine(
 ) -> Estimate:  # of the weighted sum of the means
     """A sum of means whose spreads are not taken as equal (Welch)
 
-    Runs of one seed are not paired: see "Shared seeds are no help"."""
+    Runs of one seed are not paired: see "Do shared seeds help?"."""
     total = sum(w*sum(a)/len(a) for w, a in zip(weights, arms))
     n = min(map(len, arms))
     if n < 2:
