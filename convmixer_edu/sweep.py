@@ -421,6 +421,23 @@ def _set_to(change):
     return ", ".join(f"`{k}={v}`" for k, v in change.items()) or "as it is"
 
 
+def _small_print(scale, found):
+    "How a scale differs from the paper's recipe, and what its runs ran on"
+    paper, lines = vars(baseline("paper200")), []
+    other = {k: v for k, v in vars(baseline(scale)).items() if v != paper[k]}
+    if other:
+        lines.append(f"The scale {scale} differs from the paper's recipe in "
+                     f"{_set_to(other)}.")
+    places = {f"{run['device']}, {run['threads']} thread"
+              f"{'s'*(run['threads'] > 1)}, {run['precision']}, PyTorch "
+              f"{run['torch']}, commit {run['commit']}"
+              for several in found.values() for run in several
+              if "failed" not in run}
+    if places:
+        lines.append(f"Run on {'; '.join(sorted(places))}.")
+    return " ".join(lines)
+
+
 def runs(
     table: int,  # 3 or 4
     scale: str,
@@ -444,7 +461,7 @@ def runs(
         lines.append(f"| {arm.words} | {_set_to(changes(arm, scale))} | "
                      f"{paper} | {ours} | {len(ended)} | {took} | "
                      f"{_links(scale, twin, own, results)} |")
-    return Markdown("\n".join(lines))
+    return Markdown("\n".join([*lines, "", _small_print(scale, found)]))
 
 # %% ../nbs/B2_sweep.ipynb #c6841bdf
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook

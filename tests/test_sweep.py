@@ -292,8 +292,9 @@ def test_a_table_follows_its_records(quiet, tmp_path):
 def test_no_arm_is_missing_from_a_table_run_or_not(tmp_path, table):
     shown = sweep.runs(table, "tiny", tmp_path).data.split("\n")
     own = [arm for arm in ARMS.values() if arm.table == table or arm.name == "baseline"]
-    assert len(shown) == 2 + len(own) and all("| not run | 0 |" in line for line in shown[2:])
-    for arm, line in zip(own, shown[2:]):
+    assert len(shown) == 2 + len(own) + 2 and all("| not run | 0 |" in line for line in shown[2:-2])
+    assert shown[-1].startswith("The scale tiny differs from the paper's recipe in `dim=64`") and "Run on" not in shown[-1]
+    for arm, line in zip(own, shown[2:-2]):
         assert line.startswith(f"| {arm.words} |") and (not arm.claim or f"#{arm.claim}" in line)
     told = sweep.differences(table, "tiny", tmp_path).data
     assert told.count("not run") == len(sweep.rows(table, "tiny", tmp_path))
@@ -312,6 +313,7 @@ def test_the_papers_effects_are_the_claims():
 
 def test_the_books_runs_are_linked_to_where_they_lie():
     line = next(line for line in sweep.runs(3, "tiny").data.split("\n") if line.startswith("| no residual |"))
+    assert "bfloat16, PyTorch 2" in sweep.runs(3, "tiny").data.split("\n")[-1]
     for seed in range(5):
         assert f"/tree/main/results/ablations/tiny/no-residual-seed{seed})" in line
         assert (ledger.results_folder()/f"ablations/tiny/no-residual-seed{seed}/metrics.jsonl").exists()
