@@ -674,23 +674,23 @@ def _sweep(tasks, out, data, device, seconds, jobs, as_json):
 def _show_sweep(tasks, table, scale, out, as_json):
     "Each difference, the paper's and ours, and what is left to do"
     from convmixer_edu.ablate import ARMS
-    from convmixer_edu.sweep import left, rows
+    from convmixer_edu.sweep import between, left, rows
     found = [row for t in TABLES[table] for row in rows(t, scale, out)]
     waiting = len(left(tasks, out))
+    known = lambda v: v if abs(v) < float("inf") else None  # JSON has no inf
     if as_json:
         return print(json.dumps({
             "done": len(tasks) - waiting, "left": waiting,
             "differences": [{
                 "arm": r.contrast.arm, "against": r.contrast.against,
                 "paper": r.paper, "verdict": r.word, "ours": r.ours and {
-                    "mean": r.ours.mean, "low": r.ours.low,
-                    "high": r.ours.high, "runs": r.ours.n}}
-                for r in found]}, default=str))
+                    "mean": r.ours.mean, "low": known(r.ours.low),
+                    "high": known(r.ours.high), "runs": r.ours.n}}
+                for r in found]}))
     point = lambda v: "" if v is None else f"{v:+.2f}"
-    between = lambda o: f"{o.low:+.2f} to {o.high:+.2f}" if o else ""
     _table([(ARMS[r.contrast.arm].words, ARMS[r.contrast.against].words,
-             point(r.paper), point(r.ours and r.ours.mean), between(r.ours),
-             r.word) for r in found],
+             point(r.paper), point(r.ours and r.ours.mean),
+             between(r.ours) if r.ours else "", r.word) for r in found],
            ("change", "against", "paper", "ours", "95 % interval", "verdict"))
     if waiting:
         print(f"\n{waiting} of {len(tasks)} runs are left: the same command "

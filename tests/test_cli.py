@@ -651,6 +651,14 @@ def test_a_sweep_as_json(swept):
     assert relu["paper"] == -0.37 and relu["ours"]["low"] <= relu["ours"]["mean"] <= relu["ours"]["high"]
 
 
+def test_one_run_has_no_interval_in_words_and_in_json(tmp_path):
+    said = works(SWEEP.replace("--seeds 2", "--seeds 1 --only relu"))
+    assert "one run" in said and "inf" not in said
+    told = works("ablate --scale try --seeds 1 --out sweep --only relu --data digits --device cpu --json")
+    relu = next(d for d in json.loads(told, parse_constant=pytest.fail)["differences"] if d["arm"] == "relu")
+    assert relu["ours"]["low"] is relu["ours"]["high"] is None and relu["verdict"] == "not resolved"
+
+
 def test_what_is_left_of_a_sweep_is_told():
     said = works(SWEEP + " --budget 0.01s")
     assert "22 of 22 runs are left: the same command goes on." in said and "not run" in said
