@@ -234,7 +234,10 @@ def make_optimizer(
     groups = {True: [], False: []}
     for parameter in model.parameters():
         groups[c.decay_all or parameter.ndim > 1].append(parameter)
+    # On a GPU the step is recorded once, so the rate is a number over there.
+    gpu = parameter.is_cuda
+    rate = torch.tensor(c.lr, device=parameter.device) if gpu else c.lr
     return torch.optim.AdamW(
         [{"params": groups[True], "weight_decay": c.weight_decay},
          {"params": groups[False], "weight_decay": 0.0}],
-        lr=c.lr, eps=c.eps, fused=True)
+        lr=rate, eps=c.eps, fused=True, capturable=gpu)

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['VISITS', 'Workload', 'step_flops', 'step_bytes', 'ceilings', 'Floor', 'floor', 'real_dtypes', 'choose_precision',
-           'keep_freed_memory', 'Choice', 'choices', 'prepare', 'autocast', 'frozen', 'make_step', 'time_step', 'probe',
-           'device_name', 'choose', 'profile_step', 'measure', 'main']
+           'keep_freed_memory', 'Choice', 'choices', 'prepare', 'autocast', 'frozen', 'Recorded', 'make_step',
+           'time_step', 'probe', 'device_name', 'choose', 'remember', 'profile_step', 'measure', 'main']
 
 # %% ../nbs/P2_speed.ipynb #c5efb5c8
 import argparse
@@ -14,6 +14,7 @@ import math
 import os
 import statistics
 import time
+import warnings
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import nn
 
 from .anatomy import count_macs, count_parameters
 from .checkpoint import write_atomically
-from .depthwise import fast_depthwise
+from .depthwise import can_use, fast_depthwise
 from .model import ConvMixer
 
 # %% ../nbs/P2_speed.ipynb #f1d7d330
@@ -40,7 +41,7 @@ class Workload:
     in_chans: int = 3  # c
     num_classes: int = 10  # n
     train: bool = True  # a training step, or the forward pass alone
-    depthwise: str = "library"  # see `fast_depthwise`
+    depthwise: str = "library"  # see `fast_depthwise`; a `Choice` may say
 
 # %% ../nbs/P2_speed.ipynb #be511464
 def step_flops(
@@ -86,28 +87,38 @@ def _wait(device):
         torch.cuda.synchronize(device)
 
 
+def _seconds(function, device):
+    "Of a call; on a GPU the mean of 20 between two marks on its own clock"
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
+        start.record()
+        for _ in range(20):
+            function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 20_000
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
 def _fastest(function, device, rounds=5):
     "Seconds of the fastest of some calls, after one to warm up"
-    took = []
-    for _ in range(rounds + 1):
-        _wait(device)
-        start = time.perf_counter()
-        function()
-        _wait(device)
-        took.append(time.perf_counter() - start)
-    return min(took[1:])
+    function()
+    _wait(device)
+    return min(_seconds(function, device) for _ in range(rounds))
 
-
+# %% ../nbs/P2_speed.ipynb #80612871
 def ceilings(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[float, float]:  # operations a second, bytes a second
     "The machine's rates: a large matrix product, a copy beyond any cache"
     n, m = (8192, 2**28) if device.type == "cuda" else (2048, 2**25)
-    a = torch.ones(n, n, dtype=dtype, device=device)
+    a = torch.randn(n, n, device=device).to(dtype)  # zeros would be faster
     product = torch.empty_like(a)
     flops = 2 * n**3 / _fastest(lambda: torch.mm(a, a, out=product), device)
-    source = torch.ones(m, device=device)
+    source = torch.randn(m, device=device)
     target = torch.empty_like(source)
     copied = 2 * source.nbytes / _fastest(lambda: target.copy_(source),
                                           device)
@@ -183,6 +194,7 @@ class Choice:
     dtype: str = "float32"  # or bfloat16, float16
     images_per_second: float = 0.0  # the median; 0: not measured
     reason: str = ""  # why it was not measured
+    depthwise: str = ""  # see `fast_depthwise`; "": the workload's
 
     def __str__(self):
         compiled = "eager"
@@ -190,7 +202,8 @@ class Choice:
             compiled = "compile" + ", layout kept" * (
                 not self.layout_optimization)
         layout = "channels_last" if self.channels_last else "NCHW"
-        return f"{self.dtype}, {layout}, {compiled}"
+        words = [self.dtype, layout, compiled, self.depthwise]
+        return ", ".join(filter(None, words))
 
 
 def choices(
@@ -198,6 +211,11 @@ def choices(
 ) -> list[Choice]:  # the promising ones first
     "Every setting that could be the fastest on this device"
     dtypes = [str(d).removeprefix("torch.") for d in real_dtypes(device)]
+    if device.type == "cuda":  # one type, and who convolves counts as well
+        ways = [(True, "triton"), (True, "library"), (False, "library")]
+        return [Choice(last, compiled, last, dtypes[0], depthwise=method)
+                for last, method in ways if can_use(method, "cuda")
+                for compiled in (False, True)]
     compiled = (False, True), (True, True), (True, False)
     every = [(i + j + k, Choice(last, *how, dtype))  # steps from the first
              for i, how in enumerate(compiled)
@@ -264,6 +282,56 @@ def frozen(
 
     return forward
 
+# %% ../nbs/P2_speed.ipynb #bae7b406
+class Recorded:
+    """A step on a GPU as one CUDA graph: run, recorded, replayed
+
+    The first calls run the step as it is, on a stream of their own; then one
+    is recorded, kernel by kernel, and from there on a call copies its inputs
+    to where the first ones lay and starts the whole graph. So `step` must do
+    the same work each time and never wait for the device. A step that cannot
+    be recorded runs as it is."""
+
+    def __init__(self, step, warm: int = 3):
+        self.step, self.warm = step, warm
+        self.inputs = self.stream = self.graph = self.result = None
+
+    def __call__(self, *given):  # tensors, in pinned memory or on the GPU
+        if self.inputs is None:
+            self.inputs = [torch.empty_like(t, device="cuda") for t in given]
+            self.stream = torch.cuda.Stream()
+        for place, tensor in zip(self.inputs, given):
+            place.copy_(tensor, non_blocking=True)
+        if self.warm:
+            self.warm -= 1
+            return self._beside()
+        if self.graph is None:
+            self._record()
+        if not self.graph:
+            return self.step(*self.inputs)
+        self.graph.replay()
+        return self.result
+
+    def _beside(self):
+        "The step as it is, on the stream that will record it"
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            result = self.step(*self.inputs)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
+
+    def _record(self):
+        "Once; nothing is computed"
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.result = self.step(*self.inputs)
+        except Exception as error:  # each reason has its own class
+            self.graph = False
+            line = str(error).strip().splitlines()[0]
+            warnings.warn(f"the step cannot be recorded as a CUDA graph "
+                          f"({line}) and runs as it is", stacklevel=3)
+
 # %% ../nbs/P2_speed.ipynb #bae7b407
 def make_step(
     work: Workload,
@@ -283,8 +351,11 @@ def make_step(
     if not w.train:
         forward = frozen(model, choice)
         return lambda: forward(x)
-    model = prepare(fast_depthwise(model, w.depthwise), choice)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+    model = fast_depthwise(model, choice.depthwise or w.depthwise)
+    model = prepare(model, choice)
+    graph = device.type == "cuda" and dtype != torch.float16
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True,
+                                  capturable=graph)
     scaler = torch.amp.GradScaler(device.type,
                                   enabled=dtype == torch.float16)
     y = y.to(device)
@@ -299,27 +370,28 @@ def make_step(
         scaler.update()
         return loss.detach()
 
-    return step
+    return Recorded(step) if graph else step
 
 # %% ../nbs/P2_speed.ipynb #41a5325c
 def time_step(
     step,  # a function without arguments
     device: torch.device,
     rounds: int = 5,
+    enough: float = math.inf,  # seconds; a slower step is timed only once
 ) -> float:  # seconds
     """The median time of a step, warmed up first
 
     Raises `ValueError` for a step whose result is not finite."""
     if not bool(torch.isfinite(step()).all()):
         raise ValueError("the result is not a finite number")
-    several = max(1, math.ceil(0.02 / _fastest(step, device, 1)))
-    took = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(several):  # a GPU is kept busy, as in training
-            step()
-        _wait(device)
-        took.append((time.perf_counter() - start) / several)
+    for _ in range(3 if device.type == "cuda" else 0):
+        step()
+    took = [_fastest(step, device, 1)]
+    if took[0] < enough:
+        several = max(1, math.ceil(0.02 / took[0]))
+        took = [statistics.mean(_seconds(step, device)
+                                for _ in range(several))
+                for _ in range(rounds)]
     return statistics.median(took)
 
 # %% ../nbs/P2_speed.ipynb #2cde7f56
@@ -335,18 +407,21 @@ def probe(
         if time.monotonic() > deadline:
             choice = replace(choice, reason=f"not reached in {seconds:.3g} s")
         else:
-            choice = _timed(work, choice, device)
+            best = max((c.images_per_second for c in timed), default=0)
+            choice = _timed(work, choice, device, best)
         timed.append(choice)
         if report:
             report(choice)
     return timed
 
 
-def _timed(work, choice, device):
+def _timed(work, choice, device, best=0.0):
     "A setting with its speed, or with the reason why there is none"
     torch._dynamo.reset()  # it compiles the same code a few times only
+    enough = 3 * work.batch_size / best if best else math.inf
     try:
-        took = time_step(make_step(work, choice, device), device)
+        took = time_step(make_step(work, choice, device), device,
+                         enough=enough)
     except Exception as error:  # whatever it is, the next may work
         lines = str(error).strip().splitlines() or [""]
         return replace(choice,
@@ -410,12 +485,22 @@ def choose(
     if not best.images_per_second:
         raise RuntimeError(f"no setting works on {device} ({best.reason}): "
                            "try a smaller batch")
-    kept = {**_read_cache(), key: best}  # another process may have written
+    remember(work, device, best)
+    return best
+
+
+def remember(
+    work: Workload,
+    device: torch.device,
+    best: Choice,
+) -> None:
+    "Let `choose` find this setting, measured elsewhere on this machine"
+    # another process may have written
+    kept = {**_read_cache(), _key(work, device): best}
     text = json.dumps({k: asdict(c) for k, c in kept.items()}, indent=1)
     with contextlib.suppress(OSError):  # a disk that is full, or read-only
         _cache_file().parent.mkdir(parents=True, exist_ok=True)
         write_atomically(_cache_file(), text.encode())
-    return best
 
 # %% ../nbs/P2_speed.ipynb #69e180be
 def profile_step(
@@ -428,7 +513,7 @@ def profile_step(
     # Its tracing library writes its diary to stderr unless told not to.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from torch.profiler import profile
-    for _ in range(2):
+    for _ in range(5):  # a GPU records its step at the fourth
         step()
     _wait(device)
     with profile() as seen:
@@ -449,31 +534,26 @@ def profile_step(
 def measure(
     work: Workload,
     device: torch.device,
-    seconds: float = 240.0,  # for the probe
+    seconds: float = 240.0,  # for all; what is not reached is left out
     report=None,  # called with each `Choice` as it is timed
 ) -> dict:
-    "A record of a workload: probe, best again in turn, floor, profiles"
-    timed = probe(work, device, seconds, report)
-    ranked = sorted(timed, key=lambda choice: -choice.images_per_second)
-    best = ranked[0]
+    "A record of a workload: probe, ceilings, floor, a profile of the best"
+    deadline = time.monotonic() + seconds
+    timed = probe(work, device, 0.7 * seconds, report)
+    best = max(timed, key=lambda choice: choice.images_per_second)
     if not best.images_per_second:
         raise RuntimeError(f"no setting works on {device} ({best.reason}): "
                            "try a smaller batch")
     dtype = getattr(torch, best.dtype)
     rates = ceilings(device, dtype)
     limit = floor(work, rates, dtype)
-    # those three again: is the fastest one still near the top?
-    again = [_timed(work, c, device) for c in ranked[:3]
-             if c.images_per_second]
-    names = {}
-    for c in (best, *(Choice(last, dtype=best.dtype)
-                      for last in (True, False))):
+    names = []
+    if time.monotonic() < deadline:
         torch._dynamo.reset()
-        names[str(c)] = profile_step(make_step(work, c, device), device)
+        names = profile_step(make_step(work, best, device), device)
     return {"device": device_name(device), "torch": torch.__version__,
             "threads": torch.get_num_threads(), "work": asdict(work),
             "probe": [asdict(c) for c in timed], "best": asdict(best),
-            "again": [asdict(c) for c in again],
             "ceilings": {"flops": rates[0], "bytes": rates[1]},
             "floor": asdict(limit),
             "part_of_floor": limit.seconds * best.images_per_second
@@ -527,7 +607,7 @@ def _measure_into(out, work, device, left, share):
         print(f"{file}: no time left, call again to go on")
         return
     print(f"{file}:", flush=True)
-    record = measure(work, device, min(left, share) / 2,
+    record = measure(work, device, min(left, share),
                      lambda c: print(f"  {c!s:45s} "
                                      f"{c.images_per_second:9,.0f} images/s "
                                      f"{c.reason}", flush=True))

@@ -9,7 +9,6 @@ import json
 import os
 import queue
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -139,11 +138,9 @@ def work(
     out = Path(out)
     end = time.monotonic() + seconds if seconds else None
 
-    def watch(event):
+    def watch(event):  # whether train shall save, and stop
         late = end and time.monotonic() > end
-        orphan = parent and os.getppid() != parent
-        if event["event"] == "step" and (late or orphan):
-            signal.raise_signal(signal.SIGTERM)  # train saves, and stops
+        return late or parent and os.getppid() != parent
 
     while waiting := left(tasks, out):
         for task in waiting:
@@ -188,8 +185,7 @@ def _pace(scale, source, device, seconds):
     def watch(event):
         if event["event"] == "step":
             seen.append((time.monotonic(), event["step"]))
-            if seen[-1][0] - seen[0][0] > seconds:
-                signal.raise_signal(signal.SIGTERM)  # enough is known
+        return seen and seen[-1][0] - seen[0][0] > seconds
 
     with tempfile.TemporaryDirectory() as out, suppress(TrainingError):
         train(c, source, Path(out)/"run", device=device, report=watch)
