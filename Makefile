@@ -1,4 +1,4 @@
-# make book | test | serve | bench: each makes .venv first where it is missing or out of date.
+# make book | test | serve | bench | gpu: each makes .venv first where it is missing or out of date.
 PYTHON ?= python3
 PORT ?= 8000
 BIN := .venv/bin
@@ -7,7 +7,7 @@ READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup book test serve bench clean
+.PHONY: help setup book test serve bench gpu clean
 
 help:
 	@echo "make setup   the environment in .venv, from requirements.lock"
@@ -15,6 +15,7 @@ help:
 	@echo "make test    everything that is checked"
 	@echo "make serve   the book on http://localhost:$(PORT)"
 	@echo "make bench   the speed of a training step, to _build/bench.json"
+	@echo "make gpu     the evidence on a GPU, in MINUTES=12, to gpu/; goes on where it was"
 	@echo "make clean   remove what was built, .venv excepted"
 
 setup: $(READY)
@@ -39,7 +40,10 @@ serve: book
 	@$(PY) -m http.server --directory _build/html $(PORT)
 
 bench: $(READY)
-	@$(PY) tests/bench.py
+	@$(PY) tools/bench.py
+
+gpu: $(READY)
+	@$(PY) tools/gpu.py --minutes $(or $(MINUTES),12)
 
 clean:
 	rm -rf _build build dist *.egg-info

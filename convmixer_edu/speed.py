@@ -292,13 +292,14 @@ class Recorded:
     the same work each time and never wait for the device. A step that cannot
     be recorded runs as it is."""
 
-    def __init__(self, step, warm: int = 3):
-        self.step, self.warm = step, warm
+    def __init__(self, step, device: torch.device, warm: int = 3):
+        self.step, self.device, self.warm = step, device, warm
         self.inputs = self.stream = self.graph = self.result = None
 
     def __call__(self, *given):  # tensors, in pinned memory or on the GPU
         if self.inputs is None:
-            self.inputs = [torch.empty_like(t, device="cuda") for t in given]
+            self.inputs = [torch.empty_like(t, device=self.device)
+                           for t in given]
             self.stream = torch.cuda.Stream()
         for place, tensor in zip(self.inputs, given):
             place.copy_(tensor, non_blocking=True)
@@ -370,7 +371,7 @@ def make_step(
         scaler.update()
         return loss.detach()
 
-    return Recorded(step) if graph else step
+    return Recorded(step, device) if graph else step
 
 # %% ../nbs/P2_speed.ipynb #41a5325c
 def time_step(

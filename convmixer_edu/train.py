@@ -269,7 +269,8 @@ def _loop(run: Run, report, stop, seconds):
                 _end_epoch(run, report, epoch)
             if world() > 1 and not _is_told(run, step):
                 continue  # they ask each other now and then, not each time
-            late = seconds and time.monotonic() - started > seconds
+            late = (seconds is not None and
+                    time.monotonic() - started > seconds)
             stopped = any_of(bool(stop or late or enough))
             if any_of(stopped or time.monotonic() - saved >=
                       run.c.checkpoint_seconds):
@@ -301,8 +302,8 @@ def _stepper(run):
             run.c.engine == "batched" and not run.scaler.is_enabled():
         pack = lambda epoch, picked: (
             (run.engine.pack(epoch, *pick),) for pick in picked)
-        return pack, Recorded(lambda packed: update(
-            *run.engine.make(packed)))
+        whole = lambda packed: update(*run.engine.make(packed))
+        return pack, Recorded(whole, run.device)
     return run.engine.batches, update
 
 
@@ -638,6 +639,7 @@ def _finish(run: Run, test, report):
         "images_per_second": round(run.done * run.batch / run.seconds, 1),
         "peak_memory_mb": _peak_memory_mb(run.device),
         "steps": run.done, **_machine(run.device, run.dtype),
+        "cuda_graph": bool(getattr(run.step, "graph", None)),
         "config": dataclasses.asdict(run.c),
         "train_fingerprint": run.data.fingerprint,
         "test_fingerprint": test.fingerprint}

@@ -16,7 +16,8 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,39 +30,48 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from convmixer_edu import recipe, speed
+from convmixer_edu import speed
 from convmixer_edu.augment import rand_augment
 from convmixer_edu.data import load_images
-from convmixer_edu.depthwise import choose_method
-from convmixer_edu.engines import make_engine
 from convmixer_edu.inference import choose_device
 from convmixer_edu.inference import statistics as image_statistics
 from convmixer_edu.model import ConvMixer
-from convmixer_edu.recipe import PRESETS, make_optimizer, with_settings
-from convmixer_edu.train import build_model, epoch_order, train_step
+from convmixer_edu.recipe import PRESETS, with_settings
+from convmixer_edu.train import Run, _choose, _one, build_model, epoch_order
 
 ROUNDS = 5
 PLAIN = speed.Choice()  # NCHW, eager, float32
 
 
+def in_turn(functions, amount, rounds=ROUNDS):
+    """{name: speeds}: each function called once a round, in turn; `amount` is what one call gets done."""
+    speeds = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            speeds[name].append(amount / (time.perf_counter() - start))
+    return speeds
+
+
+def against(speeds, ours="ours"):
+    """{opponent: (median, lowest, highest ratio)}, each of one round."""
+    ratios = {name: sorted(a / b for a, b in zip(speeds[ours], them)) for name, them in speeds.items() if name != ours}
+    return {name: [round(r, 3) for r in (statistics.median(them), them[0], them[-1])] for name, them in ratios.items()}
+
+
 def compare(name, unit, amount, ours, baseline, kept=None, warmups=2, **more):
     """Time functions in turn; `amount` is what one call of any gets done, in `unit`'s numerator."""
     functions = {"ours": ours, "baseline": baseline, **({"kept": kept} if kept else {})}
-    speeds = {who: [] for who in functions}
     for function in [ours] * warmups + [*functions.values()][1:]:  # only ours may be compiled
         function()
-    for _ in range(ROUNDS):
-        for who, function in functions.items():
-            start = time.perf_counter()
-            function()
-            speeds[who].append(amount / (time.perf_counter() - start))
-    ratios = {who: [a / b for a, b in zip(speeds["ours"], speeds[who])] for who in functions}
+    speeds = in_turn(functions, amount)
+    ratios = against(speeds)
     row = {"name": name, "ours": round(statistics.median(speeds["ours"]), 3),
-           "baseline": round(statistics.median(speeds["baseline"]), 3),
-           "ratio": round(statistics.median(ratios["baseline"]), 3), "unit": unit, "rounds": ROUNDS,
-           "spread": [round(min(ratios["baseline"]), 3), round(max(ratios["baseline"]), 3)]}
+           "baseline": round(statistics.median(speeds["baseline"]), 3), "ratio": ratios["baseline"][0], "unit": unit,
+           "rounds": ROUNDS, "spread": ratios["baseline"][1:]}
     if kept:
-        row["ratio_kept"] = round(statistics.median(ratios["kept"]), 3)
+        row["ratio_kept"] = ratios["kept"][0]
     return {**row, **more}
 
 
@@ -106,51 +116,82 @@ def synchronised(function, device):
     return run
 
 
-def stepper(data, device, choice, depthwise, c):
-    """A training step of a recipe on images as bytes, under a setting: a function of (indices, epoch, step)."""
-    dtype, stats = getattr(torch, choice.dtype), image_statistics(data.images)
-    model = speed.prepare(build_model(c, data, device, depthwise).train(), choice)
-    optimizer = make_optimizer(model, c)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    engine = make_engine("batched", data, recipe.augmentation(c), stats.mean, stats.std, c.seed, device)
-    layout = torch.channels_last if choice.channels_last else torch.contiguous_format
+def stepper(data, device, c, choice=None):
+    """The trainer's own step, images as bytes to updated weights: a function of (indices, epoch, step)."""
+    method = "library"
+    if choice is None:
+        choice, method = _choose(c, data, device)
+    run = Run(c, Path(), data, None, device, choice, method)
+    run.whole.train()
 
     def step(index, epoch=0, number=0):
-        x, y = next(engine.batches(epoch, [(number, index)]))
-        x = x.contiguous(memory_format=layout)
-        train_step(model, optimizer, scaler, x, y, c, dtype)
+        given, = run.given(epoch, [(number, index)])
+        return _one(run, given, 0.4)
+    step.setting = f"{choice}, weight gradient: {method}"
+    step.choice, step.run = choice, run
     return step
-
-
-def workload(c, device, **more):
-    """What the probe needs to know of a recipe."""
-    side = 32 // c.patch_size
-    method, _ = choose_method((c.batch_size, c.dim, side, side), c.kernel_size, speed.choose_precision(device), device)
-    return speed.Workload(c.dim, c.depth, c.kernel_size, c.patch_size, c.batch_size, depthwise=method, **more)
 
 
 def plain_step(device, c):
     """The training step of the plain model: eager, NCHW, float32."""
-    data, index = colour_images(1024), torch.arange(c.batch_size)
-    step = stepper(data, device, PLAIN, "library", c)
+    step, index = stepper(colour_images(1024), device, c, PLAIN), torch.arange(c.batch_size)
     return synchronised(lambda: step(index), device)
 
 
-def training_step(data, device, batch, seconds, **sizes):
+def training_step(data, device, batch, **sizes):
     """A whole training step, images as bytes to updated weights, against the plain model."""
     c = with_settings(PRESETS["light25"], {**sizes, "batch_size": batch, "randaug_n": 0})
-    work, index = workload(c, device), torch.arange(batch)
-    best = speed.choose(work, device, seconds)
-    step = stepper(data, device, best, work.depthwise, c)
+    step, index = stepper(data, device, replace(c, probe=True)), torch.arange(batch)
     with elsewhere(device, plain_step, device, c) as plain:
         row = compare(f"training step, {sizes_of(c)}, batch {batch}", "images/s", batch,
-                      synchronised(lambda: step(index), device), *plain,
-                      setting=f"{best}, weight gradient: {work.depthwise}")
-    dtype = getattr(torch, best.dtype)
+                      synchronised(lambda: step(index), device), *plain, setting=step.setting)
+    dtype = getattr(torch, step.choice.dtype)
+    work = speed.Workload(c.dim, c.depth, c.kernel_size, c.patch_size, batch)
     limit = speed.floor(work, speed.ceilings(device, dtype), dtype)
     row["part_of_floor"] = round(limit.seconds * row["ours"] / batch, 3)
     row["part_of_arithmetic"] = round(limit.arithmetic * row["ours"] / batch, 3)
     return row
+
+
+def users_step(c, device, channels_last=True, dtype=None, compiled=None):
+    """What a skilled user writes in five lines: layout, autocast, fused AdamW; a function without arguments."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    dtype = dtype or speed.choose_precision(device)
+    model = ConvMixer(c.dim, c.depth, c.kernel_size, c.patch_size, 10).to(device, memory_format=layout)
+    if compiled:
+        model.compile(mode=compiled)
+    x = torch.randn(c.batch_size, 3, 32, 32, device=device).contiguous(memory_format=layout)
+    y = torch.arange(c.batch_size, device=device) % 10
+    optimizer = torch.optim.AdamW(model.parameters(), c.lr, weight_decay=c.weight_decay, fused=True)
+
+    def step():
+        with speed.autocast(device, dtype):
+            loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return step
+
+
+def opponents(c, device, rounds=ROUNDS):
+    """Ours against what others would do with the same step, in turn; theirs get their images ready made."""
+    data, index, count = colour_images(c.batch_size), torch.arange(c.batch_size), 20 if device.type == "cuda" else 1
+    ours = stepper(data, device, c)
+    steps = {"ours": lambda: ours(index), "five lines": users_step(c, device),
+             "five lines, NCHW": users_step(c, device, False)}
+    for mode in ("default", "max-autotune-no-cudagraphs")[:1] if device.type == "cuda" else ():
+        steps[f"five lines, compiled ({mode})"] = users_step(c, device, compiled=mode)
+    many = {}
+    for name, step in steps.items():
+        for _ in range(5):  # compiled, recorded, warm
+            step()
+
+        def several(step=step):
+            for _ in range(count):
+                step()
+        many[name] = synchronised(several, device)
+    speeds = in_turn(many, count * c.batch_size, rounds)
+    return {"setting": ours.setting, "images_per_second": speeds, "ratio": against(speeds)}
 
 
 def sizes_of(c):
@@ -176,7 +217,8 @@ def forward_pass(device, c, choice):
 def evaluation(device, batch, seconds):
     """The forward pass of 256/8 k5 p2 in evaluation mode, against the plain model: eager, NCHW, float32."""
     c = with_settings(PRESETS["light25"], {"batch_size": batch})
-    best = speed.choose(workload(c, device, train=False), device, seconds)
+    work = speed.Workload(c.dim, c.depth, c.kernel_size, c.patch_size, batch, train=False)
+    best = speed.choose(work, device, seconds)
     ours, exact = forward_pass(device, c, best), forward_pass(device, c, PLAIN)()
     error = float((ours() - exact).abs().max() / exact.abs().max())
     with elsewhere(device, forward_pass, device, c, PLAIN) as plain:
@@ -247,22 +289,37 @@ def authors_epoch(device, c, count, workers=2):
     return epoch
 
 
-def pipeline(data, device, batch, count, seconds):
-    """An epoch over some images, from pictures to updated weights, against the authors' way with two workers."""
-    c = with_settings(PRESETS["light25"], {"batch_size": batch})
-    data, work = data.subset(torch.arange(count)), workload(c, device)
-    best = speed.choose(work, device, seconds)
-    step, numbers = stepper(data, device, best, work.depthwise, c), itertools.count()
+def pipeline(data, device, c, workers=(2,), rounds=ROUNDS):
+    """An epoch over some images, from pictures to updated weights, against the authors' way, in turn."""
+    batch, numbers = c.batch_size, itertools.count()
+    images = len(data) // batch * batch
+    step = stepper(data, device, c)
 
     def epoch():
         number = next(numbers)
-        order = epoch_order(count, 0, number).to(device)
-        for i in range(count // batch):
+        order = epoch_order(len(data), 0, number)
+        for i in range(images // batch):
             step(order[i * batch:(i + 1) * batch], number, i)
-    images = count // batch * batch
-    with elsewhere(device, authors_epoch, device, c, count) as authors:
-        return compare(f"whole pipeline, light25, batch {batch}, {images} images an epoch", "images/s", images,
-                       synchronised(epoch, device), *authors, warmups=1, setting=str(best))
+    with ExitStack() as stack:
+        functions = {"ours": synchronised(epoch, device)}
+        for n in workers:
+            theirs = stack.enter_context(elsewhere(device, authors_epoch, device, c, len(data), n))
+            functions[f"the authors' way, {n} workers"] = theirs[-1]
+        for function in functions.values():
+            function()
+        speeds = in_turn(functions, images, rounds)
+    return {"name": f"whole pipeline, {sizes_of(c)}, batch {batch}, {images} images an epoch", "setting": step.setting,
+            "images_per_second": speeds, "ratio": against(speeds)}
+
+
+def whole_pipeline(data, device, batch, count):
+    """The row of `pipeline`, in the form of the others."""
+    c = with_settings(PRESETS["light25"], {"batch_size": batch, "probe": True})
+    row = pipeline(data.subset(torch.arange(count)), device, c)
+    (name, (ratio, *spread)), = row["ratio"].items()
+    median = {who: round(statistics.median(speeds), 3) for who, speeds in row["images_per_second"].items()}
+    return {"name": row["name"], "ours": median["ours"], "baseline": median[name], "ratio": ratio, "unit": "images/s",
+            "rounds": ROUNDS, "spread": spread, "setting": row["setting"]}
 
 
 OURS = """
@@ -329,15 +386,15 @@ def colour_images(count):
 def rows(data, device, seconds):
     """The rows, as functions; a GPU gets the recipe's batch and more images."""
     gpu = device.type == "cuda"
-    yield lambda: training_step(data, device, 64, seconds)
-    yield lambda: training_step(data, device, 128, seconds)
-    yield lambda: training_step(data, device, 128, seconds, kernel_size=9)
+    yield lambda: training_step(data, device, 64)
+    yield lambda: training_step(data, device, 128)
+    yield lambda: training_step(data, device, 128, kernel_size=9)
     if gpu:
         for k in (3, 5, 7, 9):
-            yield lambda k=k: training_step(data, device, 512, seconds, kernel_size=k)
+            yield lambda k=k: training_step(data, device, 512, kernel_size=k)
     yield lambda: evaluation(device, 512 if gpu else 128, seconds)
     yield lambda: augmentation(data)
-    yield lambda: pipeline(data, device, 512 if gpu else 64, 10240 if gpu else 512, seconds)
+    yield lambda: whole_pipeline(data, device, 512 if gpu else 64, 10240 if gpu else 512)
     yield lambda: start_up(device)
 
 

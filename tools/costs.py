@@ -1,4 +1,4 @@
-"""Measure what each chapter costs, for the line at its top: python tests/costs.py [CHAPTER...], into results/chapters.json."""
+"""Measure what each chapter costs, for the line at its top: python tools/costs.py [CHAPTER...], into results/chapters.json."""
 
 import json
 import os

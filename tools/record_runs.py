@@ -1,4 +1,4 @@
-"""Make runs for the ledger within a time budget: python tests/record_runs.py --out DIR --seconds 540 light25:0 light25:1
+"""Make runs for the ledger within a time budget: python tools/record_runs.py --out DIR --seconds 540 light25:0 light25:1
 
 Each word is a preset and a seed. A run that the budget cuts off goes on at the next call; one that is finished is left
 alone. The results, without checkpoints, lie in DIR, ready for `convmixer_edu.ledger.keep`.
@@ -6,12 +6,11 @@ alone. The results, without checkpoints, lie in DIR, ready for `convmixer_edu.le
 
 import argparse
 import json
-import signal
 import time
 from pathlib import Path
 
 from convmixer_edu.recipe import PRESETS, with_settings
-from convmixer_edu.train import TrainingError, train
+from convmixer_edu.train import Stopped, train
 
 
 def main(arguments=None):
@@ -26,17 +25,14 @@ def main(arguments=None):
     deadline = time.monotonic() + options.seconds
     settings = dict(pair.split("=", 1) for pair in options.set)
 
-    def watch(event):
-        if event["event"] == "step" and time.monotonic() > deadline:
-            signal.raise_signal(signal.SIGTERM)
-
     for word in options.runs:
         preset, seed = word.split(":")
         out = options.out / f"{preset}-seed{seed}"
         config = with_settings(PRESETS[preset], {**settings, "seed": seed})
         try:
-            record = train(config, options.data, out, (out / "config.json").exists(), options.device, watch)
-        except TrainingError as error:
+            record = train(config, options.data, out, (out / "config.json").exists(), options.device,
+                           seconds=max(1e-9, deadline - time.monotonic()))
+        except Stopped as error:
             print(json.dumps({"run": out.name, "stopped": str(error)}), flush=True)
             return
         told = ("test_accuracy", "seconds", "images_per_second", "peak_memory_mb", "device", "precision")

@@ -1,4 +1,4 @@
-"""Train the isotropic relatives side by side: python tests/record_siblings.py --out DIR --budget 1500
+"""Train the isotropic relatives side by side: python tools/record_siblings.py --out DIR --budget 1500
 
 About the same number of parameters, the same seconds of training, one recipe but for the learning rate, which each arm
 chooses from the same few values on held-out images. One JSON file a run; a file that is there is not made again.
@@ -144,7 +144,7 @@ def main(arguments=None):
                           tried={f"{r['lr']:g}": r["accuracy"] for r in found})
         record.update(arm=arm, scale=options.scale, train_images=len(rest if lr else whole),
                       train_fingerprint=whole.fingerprint,
-                      command=f"python tests/record_siblings.py --out DIR --part {options.part} --scale {options.scale}")
+                      command=f"python tools/record_siblings.py --out DIR --part {options.part} --scale {options.scale}")
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
         told = {key: record.get(key) for key in ("arm", "lr", "seed", "epochs", "accuracy", "test_accuracy")}
