@@ -517,7 +517,7 @@ def profile_step(
     for _ in range(5):  # a GPU records its step at the fourth
         step()
     _wait(device)
-    with profile() as seen:
+    with profile(acc_events=True) as seen:
         for _ in range(calls):
             step()
         _wait(device)

@@ -274,7 +274,8 @@ def queue(options):
     for name in options.only:
         seconds = PARTS[name][0]
         print(f"  {name:9s} {f'{seconds} s' if seconds else 'the rest':>8s}  {PARTS[name][1]}")
-    env, left = {**os.environ}, []
+    checkout = str(Path(__file__).resolve().parent.parent)  # need not be installed
+    env, left = {**os.environ, "PYTHONPATH": os.pathsep.join([checkout, os.environ.get("PYTHONPATH", "")])}, []
     env.setdefault("CONVMIXER_CACHE", str(options.out / "cache"))
     for name in options.only:
         done, (seconds, _) = options.out / name / ".done", PARTS[name]
