@@ -33,9 +33,8 @@ def _check(images, generator):
 
 def _uniform(generator, *shape):
     "Draws from [0, 1), in float64 so that no product rounds up to its end."
-    u = np.empty(shape)
-    torch.rand(shape, out=torch.from_numpy(u), generator=generator)
-    return u
+    u = torch.rand(shape, generator=generator, dtype=torch.float64)
+    return np.from_dlpack(u)
 
 
 def _send(numbers, device):
@@ -173,21 +172,20 @@ def _blend(f, n, names, k):
     return mixed - mixed.remainder(n.step)
 
 # %% ../nbs/05_augment.ipynb #63c68b2b
-def _levels(f, n):
+def _levels(f, n, zeros):
     "AutoContrast and Equalize: a pixel's place among those of its channel."
     value = f.long()
-    counts = f.new_zeros(*f.shape[:2], 256)
-    counts = counts.scatter_add(2, value, torch.ones_like(f))
+    counts = zeros.scatter_add(2, value, n.equal.expand(f.shape))
     darker = (counts.cumsum(2) - counts).gather(2, value)  # pixels below it
-    place = darker.lerp(f - f.amin(2, keepdim=True), n.stretch)
-    step = (place.amax(2, keepdim=True) * n.tick).floor() * n.unit
+    place = torch.addcmul(darker, f - f.amin(2, keepdim=True), n.auto)
+    step = (place.amax(2, keepdim=True) * ((1 + 1e-6) / 255)).floor()
     return torch.where(step > 0, torch.addcdiv(n.half, place, step), f)
 
 
-def _points(f, n, names, k):
+def _points(f, n, names, zeros, k):
     "All operations but the five that move pixels; whole levels (B, C, HW)."
     if "Equalize" in names:
-        f = _levels(f, n)
+        f = _levels(f, n, zeros)
     if "SolarizeAdd" in names:
         f = torch.where(f < 128, f + n.add, f)
     if "Solarize" in names:
@@ -195,24 +193,23 @@ def _points(f, n, names, k):
     return _blend(f, n, names, k)
 
 # %% ../nbs/05_augment.ipynb #numb0001
-_Numbers = namedtuple("_Numbers", "stretch tick unit half add top mean grey "
-                      "smooth factor step moved")
+_Numbers = namedtuple("_Numbers", "auto equal half add top mean grey smooth "
+                      "factor step moved")
 
 
 def _numbers(ops, args, pixels):
     "What the operations (B,) are to the kernels: a row for each number."
     op = {name: ops == i for i, name in enumerate(OPS)}
-    auto, equal, bits = op["AutoContrast"], op["Equalize"], op["Posterize"]
     blends = op["Brightness"] | op["Contrast"] | op["Color"] | op["Sharpness"]
     return np.stack(_Numbers(
-        stretch=auto, tick=auto * (2**20 - 1) / 255 + equal * (1 + 1e-6) / 255,
-        unit=np.where(auto, 2.0**-20, 1), half=equal / 2,  # rounds
+        auto=op["AutoContrast"] * 2.0**20, equal=op["Equalize"],
+        half=np.where(op["Equalize"], 0.5, 1e-3),  # rounds, or cuts off
         add=np.trunc(args * op["SolarizeAdd"]),
         top=np.where(op["Solarize"], args, np.where(op["Invert"], -1, 1e9)),
         mean=op["Contrast"] * (1 + 2**-22) / pixels,  # a half goes up
         grey=op["Color"], smooth=op["Sharpness"],
-        factor=np.where(blends, args, 1),
-        step=np.exp2((8 - np.ceil(args)) * bits), moved=ops >= len(OPS) - 5))
+        factor=np.where(blends, args, 1), moved=ops >= len(OPS) - 5,
+        step=np.exp2((8 - np.ceil(args)) * op["Posterize"])))
 
 # %% ../nbs/05_augment.ipynb #83d5af66
 def _matrix(ops, args, height, width, whole):
@@ -271,26 +268,26 @@ def _constants(shape, device, fill=0.0, n=1):
 
 # %% ../nbs/05_augment.ipynb #many0001
 def _rows(draws, names, nearest, shape):
-    "Drawn (ops, args) as rows of numbers; those of the matrices are last."
+    "Drawn (ops, args) as rows: numbers (11 n, B) and matrices (3, 2n, B)."
     c, h, w = shape
-    rows = [_numbers(*draw, h * w * (1 if c == 3 else c)) for draw in draws]
-    if draws and names & {*MATRICES}:
-        moves = [_matrix(*draw, h, w, nearest) for draw in draws]
-        rows.append(np.stack(moves, 2).reshape(6 * len(draws), -1))
-    return rows
+    pixels, count = h * w * (1 if c == 3 else c), len(draws[0][0])
+    numbers = np.concatenate([_numbers(*draw, pixels) for draw in draws])
+    if not names & {*MATRICES}:
+        return numbers, np.empty((3, 0, count))
+    moves = [_matrix(*draw, h, w, nearest) for draw in draws]
+    return numbers, np.stack(moves, 2).reshape(3, -1, count)
 
 
-def _many(f, rows, n, names, nearest, k):
+def _many(f, numbers, matrices, names, nearest, k):
     "n operations an image, one after the other, on levels (B, C, HW)."
-    size, moves = len(_Numbers._fields), len(rows) - n * len(_Numbers._fields)
-    rows = rows.view(*rows.shape, 1, 1)
-    numbers, *m = rows.split_with_sizes((n * size, *[moves // 3] * 3))
-    numbers = numbers.unbind()
-    looks = _looks(m, nearest, k) if moves else None
-    for i in range(n):
-        own = _Numbers(*(t for t in numbers[i * size:(i + 1) * size]))
-        f = _points(f, own, names, k)
-        f = _move(f, own, looks[i], nearest, k) if looks else f
+    numbers, size = numbers.unbind(), len(_Numbers._fields)
+    moves = names & {*MATRICES}
+    looks = _looks(matrices, nearest, k) if moves else None
+    zeros = f.new_zeros(*f.shape[:2], 256) if "Equalize" in names else None
+    for i in range(len(numbers) // size):
+        n = _Numbers(*numbers[i * size:(i + 1) * size])
+        f = _points(f, n, names, zeros, k)
+        f = _move(f, n, looks[i], nearest, k) if moves else f
     return f
 
 # %% ../nbs/05_augment.ipynb #775a4ada
@@ -331,8 +328,9 @@ def _run(images, draws, names, nearest=False, fill=0.0):
     if images.dtype != torch.uint8:
         f = (f * 255).round().clamp(0, 255)
     if draws:
-        rows = np.concatenate(_rows(draws, names, nearest, shape))
-        f = _many(f, _send(rows, device), len(draws), names, nearest,
+        rows = [_send(part[..., None, None], device)
+                for part in _rows(draws, names, nearest, shape)]
+        f = _many(f, *rows, names, nearest,
                   _constants(shape, device, fill, len(draws)))
     f = f if images.dtype == torch.uint8 else f / 255
     return f.to(images.dtype).view(images.shape)
@@ -390,9 +388,10 @@ def _draw_ops(count, m, generator, spread, policy):
     ids = np.array([OPS.index(name) for name in names])
     start, end = np.array(list(chosen.ranges.values())).T
     signed = np.array([name in _SIGNED for name in names])
-    which = torch.randint(len(names), (count,), generator=generator).numpy()
+    which = torch.randint(len(names), (count,), generator=generator)
+    which = np.from_dlpack(which)
     noise = torch.randn(count, generator=generator, dtype=torch.float64)
-    level = (m + spread * noise.numpy()).clip(0, chosen.top) / chosen.top
+    level = (m + spread * np.from_dlpack(noise)).clip(0, chosen.top) / chosen.top
     coins = _uniform(generator, 2, count)
     level = np.where(signed[which] & (coins[0] < 0.5), -level, level)
     args = start[which] + level * (end - start)[which]
@@ -681,6 +680,9 @@ class Augment:
                    self.smoothing, generator)
 
 # %% ../nbs/05_augment.ipynb #kern0001
+_M = ("matrix 0", "matrix 1", "matrix 2")
+
+
 class Kernels:
     """A recipe at work: all draws of a step first, then all kernels.
 
@@ -713,12 +715,13 @@ class Kernels:
             draws = [_draw_ops(count, a.randaug_m, generator,
                                a.randaug_spread, a.randaug_policy)
                      for _ in range(a.randaug_n)]
-            parts["randaug"] = np.concatenate(_rows(
-                draws, names, self.policy.nearest, self.shape))
+            parts["randaug"], m = _rows(draws, names, self.policy.nearest,
+                                        self.shape)
+            parts |= zip(_M, m)
         if a.jitter:
-            parts["jitter"] = np.concatenate(_rows(
+            parts["jitter"], _ = _rows(
                 _draw_jitter(a.jitter, count, generator), {*_JITTER}, False,
-                self.shape))
+                self.shape)
         return parts
 
     def draw_last(self, count, generator):
@@ -735,28 +738,29 @@ class Kernels:
         return parts
 
     def change(self, images, parts):
-        "uint8 (B, C, H, W) to grey levels (B, C, HW), augmented."
+        "uint8 (B, CH, W) to grey levels (B, C, HW), augmented."
         a, policy, f = self.recipe, self.policy, images.float()
         if a.crop_scale < 1:
-            f = _crop(f, parts["crop"]).round()
+            f = _crop(f.view(-1, *self.shape), parts["crop"]).round()
+            f = f.flatten(1, 2)
         if a.flip:
-            f = _mirror(f.flatten(1, 2), parts["flip"].view(-1, 1, 1))
+            f = _mirror(f, parts["flip"])
         f = f.view(-1, self.shape[0], self.k.x.numel())
         if a.randaug_n:
-            f = _many(f, parts["randaug"], a.randaug_n, {*policy.ranges},
-                      policy.nearest, self.k)
+            f = _many(f, parts["randaug"], [parts[m] for m in _M],
+                      {*policy.ranges}, policy.nearest, self.k)
         if a.jitter:
-            f = _many(f, parts["jitter"], 3, {*_JITTER}, False, self.k)
+            f = _many(f, parts["jitter"], None, {*_JITTER}, False, self.k)
         return f
 
     def finish(self, f, labels, parts):
         "Mixed, then normalised and erased: (B, C, H, W) and targets (B, n)."
         y = self.targets.index_select(0, labels)
         if self.mixes:
-            f, y = _mix(f, y, parts["mix"][..., None, None], self.k)
+            f, y = _mix(f, y, parts["mix"], self.k)
         x = torch.addcmul(self.shift, f, self.scale)
         if self.recipe.erase:
             noise = parts.get("noise")
             noise = None if noise is None else noise.view(f.shape)
-            x = _erase(x, parts["box"][..., None, None], noise, self.k)
+            x = _erase(x, parts["box"], noise, self.k)
         return x.view(-1, *self.shape), y

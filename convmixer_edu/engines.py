@@ -43,8 +43,8 @@ class _Packing:
     ) -> Tensor:  # float32 (K, b) on the CPU, pinned for a GPU; b: own rows
         "All that a step needs to know, in one buffer."
         g = keyed_generator(self.seed, 2, epoch, step)
-        own = _own_rows(len(index), self.rank, self.world).numpy()
-        parts = {"index": index.numpy()[None], **self._draw(len(index), g)}
+        own = np.from_dlpack(_own_rows(len(index), self.rank, self.world))
+        parts = {"index": np.from_dlpack(index)[None], **self._draw(len(index), g)}
         packed = torch.empty(sum(self.sizes.values()), len(own),
                              pin_memory=self.device.type == "cuda")
         start, numbers = 0, packed.numpy()
@@ -59,7 +59,8 @@ class _Packing:
 
     def _unpack(self, packed):
         "The buffer's parts by name, and the images' places in the data."
-        parts = packed.split_with_sizes(tuple(self.sizes.values()))
+        parts = packed.view(*packed.shape, 1, 1).split_with_sizes(
+            tuple(self.sizes.values()))
         parts = dict(zip(self.sizes, parts))
         for name in _BY_IMAGE & parts.keys():
             parts[name] = parts[name].view(packed.shape[1], -1)
@@ -110,7 +111,7 @@ class Batched(Engine):
     "The images stay on the device and whole batches are changed there."
 
     def _prepare(self):
-        self.images = self.data.images.to(self.device)  # uint8 (N, C, H, W)
+        self.images = self.data.images.flatten(1, 2).to(self.device)
 
     def _draw(self, count, g):
         return self.kernels.draw(count, g) | super()._draw(count, g)
