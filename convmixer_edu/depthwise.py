@@ -9,7 +9,6 @@ import functools
 import importlib.util
 import logging
 import os
-import statistics
 import time
 
 import torch
@@ -82,6 +81,8 @@ def can_use(
     device: str,  # its type: "cpu", "cuda"
 ) -> bool:
     "Whether what a method needs is here; where not, the library steps in"
+    if method == "groups":
+        return device != "cuda"  # a group an image and channel: too many
     if method == "shifts":
         return device == "cpu" and _finds_compiler()
     if method == "triton":
@@ -113,18 +114,26 @@ def weight_gradient(
     grad: Tensor,  # (B, h, H, W)
     kernel_size: int,  # k
     method: str,  # one of `weight_gradient_methods()` but the library
-) -> Tensor:  # (h, 1, k, k)
-    "The gradient of a depthwise kernel, by the formulation named"
+) -> tuple[Tensor, Tensor]:  # (h, 1, k, k) and (h,)
+    "The gradients of a depthwise kernel and its bias, as the method has it"
     if method == "triton":
-        from convmixer_edu.depthwise_triton import weight_sums as way
+        from convmixer_edu.depthwise_triton import weight_sums
+        weight, bias = weight_sums(x, grad, kernel_size)
     else:
         way = {"groups": by_groups, "shifts": by_compiled_shifts}[method]
-    return way(x, grad, kernel_size).to(x.dtype).contiguous()
+        weight, bias = way(x, grad, kernel_size), _bias_gradient(grad)
+    return weight.to(x.dtype).contiguous(), bias.to(x.dtype)
 
 
 @weight_gradient.register_fake
 def _(x, grad, kernel_size, method):
-    return x.new_empty(x.shape[1], 1, kernel_size, kernel_size)
+    h = x.shape[1]
+    return x.new_empty(h, 1, kernel_size, kernel_size), x.new_empty(h)
+
+
+def _bias_gradient(grad):
+    "A sum over images and positions; two stages share the work"
+    return grad.sum((2, 3)).sum(0)
 
 # %% ../nbs/P1_gradient.ipynb #01452f59
 @torch.library.custom_op("convmixer_edu::depthwise_convolution",
@@ -158,10 +167,10 @@ class _Depthwise(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = _input_gradient(grad, weight, ctx.method)
         if ctx.needs_input_grad[1]:
-            dw = weight_gradient(x, grad, weight.shape[-1], ctx.method)
-        if ctx.needs_input_grad[2]:
-            db = grad.sum((2, 3)).sum(0)  # two stages share the work
-        return dx, dw, db, None
+            dw, db = weight_gradient(x, grad, weight.shape[-1], ctx.method)
+        elif ctx.needs_input_grad[2]:
+            db = _bias_gradient(grad)
+        return dx, dw, db if ctx.needs_input_grad[2] else None, None
 
 
 def _input_gradient(grad, weight, method):
@@ -245,21 +254,24 @@ def choose_method(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     layout: torch.memory_format = torch.channels_last,
-    rounds: int = 5,  # of which the median counts
+    rounds: int = 5,  # of which the fastest counts; a GPU needs but one
 ) -> tuple[str, dict[str, float]]:  # the fastest, milliseconds of each
     """The fastest correct way for this shape on this machine
 
     Forward and backward are timed, in turn; the answer is kept for the
-    process."""
+    process. A way whose first call takes three times the best is dropped
+    then and there."""
     device = torch.device(device)
     key = tuple(shape), kernel_size, dtype, str(device), layout
     if key not in _chosen:
         steps = _candidates(shape, kernel_size, dtype, device, layout)
-        times = {name: [] for name in steps}
-        for _ in range(rounds):
+        times = {name: _milliseconds(step, device, calls=1)
+                 for name, step in steps.items()}
+        least = min(times.values())
+        steps = {n: s for n, s in steps.items() if times[n] <= 3 * least}
+        for _ in range(1 if device.type == "cuda" else rounds):
             for name, step in steps.items():
-                times[name].append(_milliseconds(step, device))
-        times = {name: statistics.median(t) for name, t in times.items()}
+                times[name] = min(times[name], _milliseconds(step, device))
         _chosen[key] = min(times, key=times.get), times
     return _chosen[key]
 
@@ -270,6 +282,7 @@ def _candidates(shape, k, dtype, device, layout):
     make = lambda *size: torch.randn(size, generator=g).to(device, dtype)
     x = make(*shape).contiguous(memory_format=layout).requires_grad_()
     weight = make(shape[1], 1, k, k).requires_grad_()
+    bias = make(shape[1]).requires_grad_()
     up, steps, expected = make(*shape).contiguous(memory_format=layout), {}, []
     for name in weight_gradient_methods():
         if name == "shifts" and k * k > 32:  # more sums than registers
@@ -278,8 +291,8 @@ def _candidates(shape, k, dtype, device, layout):
             continue
 
         def step(name=name):
-            y = depthwise_conv(x, weight, None, name)
-            return y, *torch.autograd.grad(y, (x, weight), up)
+            y = depthwise_conv(x, weight, bias, name)
+            return y, *torch.autograd.grad(y, (x, weight, bias), up)
 
         try:
             found = step()
@@ -299,11 +312,21 @@ def _close(ours, theirs):
     return bool(apart <= 0.03 * theirs.float().abs().max())
 
 
-def _milliseconds(step, device):
-    "How long one step takes, waiting for a device that works behind"
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    step()
-    wait()
-    return 1000 * (time.perf_counter() - start)
+def _milliseconds(step, device, calls=20):
+    "Of one step: a GPU's own clock over many, or the best of a few on a CPU"
+    if device.type == "cuda":
+        for _ in range(3 if calls > 1 else 0):
+            step()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / calls
+    times = []
+    for _ in range(min(calls, 2)):
+        start = time.perf_counter()
+        step()
+        times.append(1000 * (time.perf_counter() - start))
+    return min(times)

@@ -9,42 +9,83 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# %% ../nbs/P1b_triton.ipynb #3c1d9e70
+@triton.jit
+def _zeros(N: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+           ACC: tl.constexpr):
+    "N tiles of zeros, held in registers"
+    tiles = ()
+    for _ in tl.static_range(N):
+        tiles += (tl.zeros((COLUMNS, CHANNELS), ACC),)
+    return tiles
+
+
+@triton.jit
+def _add_row(sums, row, factors, t: tl.constexpr):
+    "Row t times a factor each, added to those of the sums that it reaches"
+    new = ()
+    for r in tl.static_range(len(sums)):
+        if t >= r and t < r + len(factors):
+            new += (sums[r] + row * factors[t - r],)
+        else:
+            new += (sums[r],)
+    return new
+
 # %% ../nbs/P1b_triton.ipynb #b55d658c
 @triton.jit
 def convolve(
-    x, w, bias, out, B, C, H, W, before,
-    xb, xc, xh, xw, ob, oc, oh, ow,  # strides, in elements
+    x, w, bias, out, xb, ob,  # strides are in elements; w is (k * k, h)
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
+    xc: tl.constexpr, xh: tl.constexpr, xw: tl.constexpr,
+    oc: tl.constexpr, oh: tl.constexpr, ow: tl.constexpr,
     K: tl.constexpr, FLIP: tl.constexpr, BIAS: tl.constexpr,
-    ACC: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):
-    "One tile of a depthwise convolution's output"
-    place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
-    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    b = (place // (H * W)).to(tl.int64)
-    y, z = place // W % H, place % W
-    real = (b < B)[:, None] & (c < C)[None, :]
-    sums = tl.zeros((PLACES, CHANNELS), ACC)
-    for i in range(K):
-        for j in tl.static_range(K):  # unrolled; the rows are a loop
-            u, v = y + i - before, z + j - before
-            there = (u >= 0) & (u < H) & (v >= 0) & (v < W)
-            at = (b * xb + u * xh + v * xw)[:, None] + c[None, :] * xc
-            seen = tl.load(x + at, mask=real & there[:, None], other=0.0)
+    "A band of rows of one image, for some channels"
+    BEFORE: tl.constexpr = K // 2 if FLIP else (K - 1) // 2
+    across, bands = tl.cdiv(W, COLUMNS), tl.cdiv(H, ROWS)
+    blocks = tl.cdiv(C, CHANNELS)
+    tile, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    z = (tile % across * COLUMNS + tl.arange(0, COLUMNS))[:, None]
+    top = tile // across % bands * ROWS + 0 * z  # a mask wants blocks
+    b = (tile // (across * bands)).to(tl.int64)
+    c = (block * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    here = x + b * xb + top * xh + z * xw + c * xc
+    sums = _zeros(ROWS, COLUMNS, CHANNELS, ACC)
+    for j in range(K):
+        column = ()  # of the kernel
+        for i in tl.static_range(K):
             tap = K * K - 1 - i * K - j if FLIP else i * K + j
-            weight = tl.load(w + c * K * K + tap, mask=c < C, other=0.0)
-            sums += seen.to(ACC) * weight.to(ACC)[None, :]
-    if BIAS:
-        sums += tl.load(bias + c, mask=c < C, other=0.0).to(ACC)[None, :]
-    at = (b * ob + y * oh + z * ow)[:, None] + c[None, :] * oc
-    tl.store(out + at, sums.to(out.dtype.element_ty), mask=real)
+            weight = tl.load(w + tap * C + c, mask=c < C, other=0.0)
+            column += (weight.to(ACC),)
+        v = z + (j - BEFORE)
+        there = (v >= 0) & (v < W) & (c < C)
+        for t in tl.static_range(ROWS + K - 1):
+            if H > ROWS or (t >= BEFORE and t < H + BEFORE):
+                u = top + (t - BEFORE)
+                at = here + ((t - BEFORE) * xh + (j - BEFORE) * xw)
+                row = tl.load(at, mask=there & (u >= 0) & (u < H), other=0.0)
+                sums = _add_row(sums, row.to(ACC), column, t)
+    here = out + b * ob + top * oh + z * ow + c * oc
+    for r in tl.static_range(ROWS):
+        y = sums[r]
+        if BIAS:
+            y += tl.load(bias + c, mask=c < C, other=0.0).to(ACC)
+        tl.store(here + r * oh, y.to(out.dtype.element_ty),
+                 mask=(z < W) & (c < C) & (top + r < H))
 
 # %% ../nbs/P1b_triton.ipynb #d2a3c364
-def _tile(x):
-    "Sums in single precision at least; tiles along what lies together"
-    acc = tl.float64 if x.dtype == torch.float64 else tl.float32
-    places, channels = (32, 64) if x.stride(1) == 1 else (256, 4)
-    most = triton.next_power_of_2(x.shape[1])
-    return acc, places, min(channels, most)
+def _accumulator(x):
+    "Sums in single precision at least"
+    double = x.dtype == torch.float64
+    return (tl.float64, torch.float64) if double else (tl.float32,
+                                                       torch.float32)
+
+
+def _rows(height, most=16):
+    "An image's rows in equal bands"
+    return triton.cdiv(height, triton.cdiv(height, most))
 
 # %% ../nbs/P1b_triton.ipynb #cb144abc
 def convolution(
@@ -56,70 +97,94 @@ def convolution(
     """A depthwise convolution, padding "same", or its input gradient
 
     Needs a GPU, or Triton's interpreter (Sec. 2)."""
-    b, h, height, width = x.shape
-    k, weight, out = weight.shape[-1], weight.contiguous(), torch.empty_like(x)
-    acc, places, channels = _tile(x)
-    grid = (triton.cdiv(b * height * width, places), triton.cdiv(h, channels))
-    before = k // 2 if flip else (k - 1) // 2
-    convolve[grid](
-        x, weight, x if bias is None else bias, out, b, h, height, width,
-        before, *x.stride(), *out.stride(), K=k, FLIP=flip,
-        BIAS=bias is not None, ACC=acc, PLACES=places, CHANNELS=channels)
+    (b, h, height, width), k = x.shape, weight.shape[-1]
+    out, rows, columns = torch.empty_like(x), _rows(height), 16
+    channels = min(32 if x.stride(1) == 1 else 8, triton.next_power_of_2(h))
+    tiles = b * triton.cdiv(height, rows) * triton.cdiv(width, columns)
+    (xb, *strides), (ob, *out_strides) = x.stride(), out.stride()
+    convolve[(tiles * triton.cdiv(h, channels),)](
+        x, weight.reshape(h, k * k).t().contiguous(),
+        x if bias is None else bias, out, xb, ob, h, height, width, *strides,
+        *out_strides, K=k, FLIP=flip, BIAS=bias is not None,
+        ACC=_accumulator(x)[0], ROWS=rows, COLUMNS=columns, CHANNELS=channels)
     return out
 
 # %% ../nbs/P1b_triton.ipynb #b9bcfe44
 @triton.jit
 def partial_sums(
-    x, grad, out, B, C, H, W, before, per,  # per: places for each block
-    xb, xc, xh, xw, gb, gc, gh, gw,  # strides, in elements
-    K: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
-    PLACES: tl.constexpr, CHANNELS: tl.constexpr,
+    x, grad, out, xb, gb, B, PER: tl.constexpr,  # tiles for each program
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
+    xc: tl.constexpr, xh: tl.constexpr, xw: tl.constexpr,
+    gc: tl.constexpr, gh: tl.constexpr, gw: tl.constexpr,
+    K: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):
-    "One row of the kernel's gradient, from some images and some channels"
+    "WIDE columns of the kernel's gradient, and the bias's, from some tiles"
+    BEFORE: tl.constexpr = (K - 1) // 2
+    across, bands = tl.cdiv(W, COLUMNS), tl.cdiv(H, ROWS)
+    left, part = tl.program_id(1) * WIDE, tl.program_id(2)
+    c = (tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    total = tl.zeros((COLUMNS, CHANNELS), ACC)
+    sums = ()  # a column of the kernel each
+    for _ in tl.static_range(WIDE):
+        sums += (_zeros(K, COLUMNS, CHANNELS, ACC),)
+    for step in range(PER):
+        tile = part * PER + step
+        z = (tile % across * COLUMNS + tl.arange(0, COLUMNS))[:, None]
+        top = tile // across % bands * ROWS + 0 * z
+        b = (tile // (across * bands) + 0 * z).to(tl.int64)
+        here = grad + b * gb + top * gh + z * gw + c * gc
+        up = ()  # the rows of grad
+        for r in tl.static_range(ROWS):
+            real = (z < W) & (c < C) & (top + r < H) & (b < B)
+            row = tl.load(here + r * gh, mask=real, other=0.0)
+            up += (row.to(ACC),)
+            total += up[r]
+        v = z + left - BEFORE
+        here = x + b * xb + top * xh + v * xw + c * xc
+        for t in tl.static_range(ROWS + K - 1):
+            if H > ROWS or (t >= BEFORE and t < H + BEFORE):
+                u = top + (t - BEFORE)
+                there = (c < C) & (u >= 0) & (u < H) & (b < B)
+                new = ()
+                for j in tl.static_range(WIDE):
+                    row = tl.load(here + ((t - BEFORE) * xh + j * xw),
+                                  mask=there & (v + j >= 0) & (v + j < W),
+                                  other=0.0)
+                    new += (_add_row(sums[j], row.to(ACC), up, t),)
+                sums = new
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    part, i = tl.program_id(1), tl.program_id(2)
-    j = tl.arange(0, COLUMNS)  # the next power of two above k
-    sums = tl.zeros((PLACES, COLUMNS, CHANNELS), ACC)
-    for start in range(0, per, PLACES):
-        step = start + tl.arange(0, PLACES)
-        place = part * per + step
-        b = (place // (H * W)).to(tl.int64)
-        y, z = place // W % H, place % W
-        real = (step < per) & (b < B)
-        at = (b * gb + y * gh + z * gw)[:, None] + c[None, :] * gc
-        mask = real[:, None] & (c < C)[None, :]
-        up = tl.load(grad + at, mask=mask, other=0.0).to(ACC)
-        u, v = y + i - before, z[:, None] + j[None, :] - before
-        row = real & (u >= 0) & (u < H)
-        there = row[:, None] & (v >= 0) & (v < W) & (j < K)[None, :]
-        at = (b * xb + u * xh)[:, None] + v * xw
-        seen = tl.load(x + at[:, :, None] + c[None, None, :] * xc,
-                       mask=there[:, :, None] & (c < C)[None, None, :],
-                       other=0.0).to(ACC)
-        sums += seen * up[:, None, :]
-    at = ((part * K + i) * K + j[:, None]) * C + c[None, :]
-    tl.store(out + at, tl.sum(sums, 0),
-             mask=(j < K)[:, None] & (c < C)[None, :])
+    here, left = out + part * (K * K + 1) * C + c, left + 0 * c
+    for j in tl.static_range(WIDE):
+        for i in tl.static_range(K):
+            tl.store(here + (i * K + left + j) * C, tl.sum(sums[j][i], 0),
+                     mask=(c < C) & (left + j < K))
+    tl.store(here + K * K * C, tl.sum(total, 0), mask=(c < C) & (left == 0))
 
 # %% ../nbs/P1b_triton.ipynb #79be64a0
 def weight_sums(
     x: Tensor,  # (B, h, H, W), the convolution's input
     grad: Tensor,  # (B, h, H, W), the gradient of its output
     kernel_size: int,  # k
-    blocks: int = 1024,  # so many blocks of threads, about
-) -> Tensor:  # (h, 1, k, k), in single precision or better
-    "The weight gradient in two stages, the same bits every time (Sec. 2)"
+    programs: int = 1536,  # about as many as an H100 runs at once
+) -> tuple[Tensor, Tensor]:  # (h, 1, k, k) and (h,), of weight and bias
+    """Both gradients in two stages, the same bits every time (Sec. 2)
+
+    They are in single precision or better."""
     (b, h, height, width), k = x.shape, kernel_size
-    acc, _, channels = _tile(x)
-    places, channels = (8, min(channels, 32)) if x.stride(1) == 1 else (64, 1)
-    across = triton.cdiv(h, channels)
-    images = triton.cdiv(b, min(b, triton.cdiv(blocks, across * k)))
-    parts = triton.cdiv(b, images)
-    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    out = torch.empty(parts, k, k, h, dtype=exact, device=x.device)
-    partial_sums[across, parts, k](
-        x, grad, out, b, h, height, width, (k - 1) // 2,
-        images * height * width, *x.stride(), *grad.stride(), K=k,
-        COLUMNS=triton.next_power_of_2(k), ACC=acc, PLACES=places,
-        CHANNELS=channels)
-    return out.sum(0).permute(2, 0, 1).unsqueeze(1).contiguous()
+    rows, (acc, dtype) = _rows(height), _accumulator(x)
+    columns, channels = (1, 64) if x.stride(1) == 1 else (16, 2)
+    if dtype == torch.float64 and columns == 1:
+        channels = 32  # a number takes two registers
+    blocks, groups = triton.cdiv(h, channels), triton.cdiv(k * k, 50)
+    tiles = b * triton.cdiv(height, rows) * triton.cdiv(width, columns)
+    per = triton.cdiv(tiles, max(1, programs // (blocks * groups)))
+    parts = triton.cdiv(tiles, per)
+    sums = torch.empty(parts, k * k + 1, h, dtype=dtype, device=x.device)
+    (xb, *strides), (gb, *grad_strides) = x.stride(), grad.stride()
+    partial_sums[blocks, groups, parts](
+        x, grad, sums, xb, gb, b, per, h, height, width, *strides,
+        *grad_strides, K=k, WIDE=triton.cdiv(k, groups), ACC=acc, ROWS=rows,
+        COLUMNS=columns, CHANNELS=channels, num_warps=1)
+    weight, bias = sums[:, :-1].sum(0), sums[:, -1].sum(0)
+    return weight.t().reshape(h, 1, k, k).contiguous(), bias
