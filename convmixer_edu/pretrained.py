@@ -21,7 +21,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from timm.data import ImageNetInfo, create_loader
 from timm.models import convmixer as timms
@@ -30,8 +29,9 @@ from torch.utils.data import Dataset, IterableDataset
 
 from .checkpoint import (CheckpointError, read_checkpoint,
                                       write_checkpoint)
-from .data import (_cell_file, _class_files, _hub_reachable,
-                                _kind, _parquet_files, _pick_split)
+from .data import (_class_files, _columns, _hub_file,
+                                _hub_reachable, _kind, _parquet_files,
+                                _ParquetTable, _pick_split, open_image)
 from .inference import choose_device
 from .model import variant
 from .recipe import Config
@@ -426,16 +426,6 @@ def targets(
         "as n01440764, or by number")
 
 # %% ../nbs/08_imagenet.ipynb #6b45c77c
-def _open(file, name):
-    "A picture, opened as timm does; ValueError names one that is none"
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except Exception as error:  # each of Pillow's readers has its own kinds
-        raise ValueError(f"{name} is not an image that can be read: "
-                         f"{_why(error)}") from None
-
-
 class _Files(Dataset):
     "Pictures in files; timm's loader sets `transform`"
     transform = None
@@ -448,11 +438,29 @@ class _Files(Dataset):
 
     def __getitem__(self, i):
         file, label = self.rows[i]
-        return self.transform(_open(file, file)), label
+        return self.transform(open_image(file, file)), label
+
+
+class _TableRows(Dataset):
+    "Pictures in parquet files"
+    transform = None
+
+    def __init__(self, table, numbers, first):
+        self.table, self.first = table, first
+        self.numbers = [_known(i, label, numbers)
+                        for i, label in enumerate(table.labels)]
+
+    def __len__(self):
+        return len(self.numbers) - self.first
+
+    def __getitem__(self, i):
+        name, file = self.table[i + self.first]
+        return (self.transform(open_image(file, name)),
+                self.numbers[i + self.first])
 
 
 class _Rows(IterableDataset):
-    "Pictures that come by row, from parquet files or from the Hub"
+    "Pictures that come by row from the Hub"
     transform = None
 
     def __init__(self, table, picture, label, numbers, first):
@@ -461,13 +469,17 @@ class _Rows(IterableDataset):
 
     def __iter__(self):
         for i, row in enumerate(self.table.skip(self.first), self.first):
-            file = _cell_file(row[self.picture])
-            label = row[self.label]
-            if label is None or not 0 <= label < len(self.numbers):
-                raise ValueError(f"image {i} has no label: expected a split "
-                                 "with labels, such as validation")
-            yield (self.transform(_open(file, f"image {i}")),
-                   self.numbers[label])
+            file = _hub_file(row[self.picture], f"image {i}")
+            number = _known(i, row[self.label], self.numbers)
+            yield self.transform(open_image(file, f"image {i}")), number
+
+
+def _known(i, label, numbers):
+    "The network's number of a label; ValueError if image i has none"
+    if label is None or not 0 <= label < len(numbers):
+        raise ValueError(f"image {i} has no label: expected a split "
+                         "with labels, such as validation")
+    return numbers[label]
 
 # %% ../nbs/08_imagenet.ipynb #4e29b7b6
 @dataclass(frozen=True)
@@ -500,35 +512,37 @@ def _folder_source(folder, split):
                                        for f, i in rows[first:]]))
 
 # %% ../nbs/08_imagenet.ipynb #331316c5
-def _table_source(source, split):
-    "Parquet files in a folder, or a dataset on the Hub; row by row"
+def _parquet_source(splits, source, split):
+    "Parquet files in a folder"
+    files = _pick_split(splits, split, source)
+    table = _ParquetTable(files, source, files)
+    mark = f"{source} {split}"
+    mark += repr([(f.name, f.stat().st_size) for f in files])
+    return _Source(table.classes, len(table), mark,
+                   lambda first, numbers: _TableRows(table, numbers, first))
+
+
+def _hub_source(source, split):
+    "A dataset on the Hub, row by row"
     import datasets  # slow to import
 
-    mark, options = f"{source} {split}", {}
-    if _kind(source) == "folder":
-        splits = _parquet_files(Path(source).expanduser())
-        files = _pick_split(splits, split, source)
-        options = dict(data_files={split: list(map(str, files))})
-        mark += repr([(f.name, f.stat().st_size) for f in files])
-    elif not _hub_reachable():
+    mark = f"{source} {split}"
+    if not _hub_reachable():
         raise ValueError(f"{source} is no folder here and the Hugging Face "
                          "Hub cannot be reached: give a folder")
     try:
-        table = datasets.load_dataset("parquet" if options else source,
-                                      split=split, streaming=True, **options)
-        kinds = {type(kind): name for name, kind in table.features.items()}
-        picture, label = kinds[datasets.Image], kinds[datasets.ClassLabel]
-    except KeyError as error:
-        raise ValueError(f"{source} has no column of {error.args[0]}: "
-                         "expected pictures and class labels") from None
-    except Exception as error:  # pyarrow's, datasets' and the Hub's kinds
+        table = datasets.load_dataset(source, split=split, streaming=True)
+    except Exception as error:  # datasets' and the Hub's kinds
         raise ValueError(f"{source} cannot be read: "
                          f"{_why(error)}") from None
-    names = tuple(table.features[label].names)
+    picture, label, names = _columns(table.features.arrow_schema, source)
+    if names is None:
+        raise ValueError(f"{source} has no names for its classes: expected "
+                         "a label column of the kind ClassLabel")
     known = (table.info.splits or {}).get(split)
     table = table.select_columns([picture, label]).cast_column(
         picture, datasets.Image(decode=False))
-    return _Source(names, known and known.num_examples, mark,
+    return _Source(tuple(names), known and known.num_examples, mark,
                    lambda first, numbers: _Rows(table, picture, label,
                                                 numbers, first))
 
@@ -539,10 +553,13 @@ def _find_source(source, split):
     if _kind(source) == "digits":
         raise ValueError("digits are no photographs: give a folder of "
                          "images, or a dataset on the Hub")
-    if _kind(source) == "folder" and not _parquet_files(
-            Path(source).expanduser()):
-        return _folder_source(Path(source).expanduser(), split)
-    return _table_source(source, split)
+    if _kind(source) == "hub":
+        return _hub_source(source, split)
+    folder = Path(source).expanduser()
+    files = _parquet_files(folder)
+    if files:
+        return _parquet_source(files, source, split)
+    return _folder_source(folder, split)
 
 # %% ../nbs/08_imagenet.ipynb #573458c8
 class Tally:
@@ -641,6 +658,8 @@ def evaluate_pretrained(
     Pictures are read as they are needed. Killed and called again, it goes on
     and ends with the same numbers. Raises `ValueError` in one sentence."""
     found = _find_source(source, split)
+    if found.count == 0:
+        raise ValueError(f"{source} has no images in split {split}")
     settings = find_published(name).settings
     numbers = targets(found.names, settings.num_classes)
     device, model = choose_device(device), load_pretrained(name, file)
@@ -677,7 +696,7 @@ def _batches(pictures, settings, batch_size, workers, device):
         interpolation=settings.interpolation, num_workers=workers,
         device=device, pin_memory=device.type == "cuda",
         persistent_workers=False)
-    if isinstance(pictures, _Files) and not len(pictures):
+    if isinstance(pictures, (_Files, _TableRows)) and not len(pictures):
         return  # all of them were seen before it was killed
     try:
         yield from loader

@@ -5,11 +5,14 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import time
 import warnings
 
-import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT
@@ -60,13 +63,29 @@ def class_folders(root, counts=None, classes=("cat", "dog", "owl")):
     return kept
 
 
+def png(picture):
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_table(file, columns, features=None):
+    """A parquet file; with `features`, the note about the columns that the Hub's files carry."""
+    table = pa.table(columns)
+    if features:
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, file, row_group_size=5)
+
+
 def parquet(root, name="train-00000-of-00001.parquet", n=12, labels=None, columns=("img", "label"), seed=0):
-    """A parquet file as `datasets` writes it, with an image and a class column."""
-    pictures = pixels(n, seed=seed)
-    features = {columns[0]: datasets.Image(), columns[1]: datasets.ClassLabel(names=["a", "b", "c"])}
-    rows = {columns[0]: [Image.fromarray(p) for p in pictures], columns[1]: labels or [i % 3 for i in range(n)]}
-    (root / name).parent.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(root / name)
+    """A parquet file as the Hub has it, with an image and a class column."""
+    pictures, (image, label) = pixels(n, seed=seed), columns
+    cells = pa.array([{"bytes": png(p), "path": None} for p in pictures],
+                     pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    numbers = pa.array([i % 3 for i in range(n)] if labels is None else labels, pa.int64())
+    write_table(root / name, {image: cells, label: numbers},
+                {image: {"_type": "Image"}, label: {"names": ["a", "b", "c"], "_type": "ClassLabel"}})
     return pictures
 
 
@@ -290,15 +309,73 @@ def test_parquet_layouts_and_column_names(tmp_path, name):
     assert torch.equal(load_images(tmp_path / "p").images, to_chw(pictures))
 
 
-def test_progress_bars_of_datasets_are_left_as_they_were(tmp_path):
+STRUCT = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+PLAIN = {  # columns without the Hub's note, the classes and the labels they must give
+    "numbers": (lambda cells: {"image": pa.array(cells, STRUCT), "label": [3, 10, 3, 4]}, ("3", "4", "10"), [0, 2, 0, 1]),
+    "words": (lambda cells: {"image": pa.array(cells, STRUCT), "label": ["dog", "cat", "dog", "cat"]}, ("cat", "dog"), [1, 0, 1, 0]),
+    "bare bytes": (lambda cells: {"x": [c["bytes"] for c in cells], "y": [0, 1, 0, 1]}, ("0", "1"), [0, 1, 0, 1]),
+    "large bytes": (lambda cells: {"x": pa.array([c["bytes"] for c in cells], pa.large_binary()), "y": [0, 1, 0, 1]}, ("0", "1"), [0, 1, 0, 1]),
+    "pandas' categories": (lambda cells: {"x": pa.array(cells, STRUCT), "y": pa.array(["b", "a", "b", "a"]).dictionary_encode()}, ("a", "b"), [1, 0, 1, 0]),
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_parquet_without_a_note(tmp_path, kind):
+    columns, classes, labels = PLAIN[kind]
+    pictures = pixels(4)
+    write_table(tmp_path / "train.parquet", columns([{"bytes": png(p), "path": "a.png"} for p in pictures]))
+    s = load_images(tmp_path)
+    assert torch.equal(s.images, to_chw(pictures)) and s.classes == classes and s.labels.tolist() == labels
+
+
+def test_classes_of_words_are_those_of_all_splits(tmp_path):
+    for split, words in {"train": ["ape", "cat", "dog"], "test": ["dog", "cat", "dog"]}.items():
+        write_table(tmp_path / f"{split}.parquet", {"image": list(map(png, pixels(3))), "label": words})
+    train, test = load_images(tmp_path), load_images(tmp_path, "test")
+    assert train.classes == test.classes == ("ape", "cat", "dog") and test.labels.tolist() == [2, 1, 2]
+
+
+@pytest.mark.parametrize("names, chosen", [(("fine", "label"), "label"), (("fine", "labels"), "labels"), (("coarse", "fine"), "coarse")])
+def test_of_two_label_columns_one_is_taken_and_said(tmp_path, capsys, names, chosen):
+    columns = {"image": list(map(png, pixels(3))), **{n: [0, 1, 2] if n == chosen else [2, 2, 0] for n in names}}
+    write_table(tmp_path / "train.parquet", columns)
+    assert load_images(tmp_path).labels.tolist() == [0, 1, 2]
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and f"from column {chosen}, not from" in err
+
+
+@pytest.mark.parametrize("cell, words", [({"bytes": None, "path": "PATH"}, "only the path"), (None, "holds no bytes")])
+def test_a_path_in_a_cell_is_never_opened(tmp_path, cell, words):
+    Image.fromarray(pixels(1)[0]).save(tmp_path / "private.png")
+    if cell:
+        cell["path"] = str(tmp_path / "private.png")
+    cells = pa.array([{"bytes": png(pixels(1)[0]), "path": None}, cell], STRUCT)
+    write_table(tmp_path / "d" / "train.parquet", {"image": cells, "label": [0, 1]})
+    with pytest.raises(ValueError, match=f"image 1 of .*{words}"):
+        load_images(tmp_path / "d")
+
+
+def test_only_two_columns_are_read_and_never_by_datasets(tmp_path):
+    """In a process where `datasets` cannot be imported; the third column is damaged on the disk."""
     parquet(tmp_path / "p")
-    for quiet in (True, False):
-        (datasets.disable_progress_bars if quiet else datasets.enable_progress_bars)()
-        load_images(tmp_path / "p", limit=3)
-        assert datasets.are_progress_bars_disabled() == quiet
+    file = tmp_path / "p" / "train-00000-of-00001.parquet"
+    table = pq.read_table(file)
+    mark = b"text that nobody reads " * 40
+    table = table.append_column("note", pa.array([mark.decode()] * 12))
+    pq.write_table(table, file, compression="none", use_dictionary=False)
+    content = file.read_bytes()
+    assert mark in content
+    at = content.index(mark)
+    file.write_bytes(content[:at - 4] + b"\xff" * 4 + content[at:])  # the length of the first text
+    code = f"import sys; sys.modules['datasets'] = None; from convmixer_edu.data import load_images; print(len(load_images({str(file.parent)!r})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "12\n", done.stderr
+    with pytest.raises(Exception, match=".*"):
+        pq.read_table(file)
 
 
 def test_hub(monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="the Hub is read by `datasets`")
     pictures, asked = pixels(12), []
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     table = datasets.Dataset.from_dict(
@@ -317,6 +394,7 @@ def test_hub(monkeypatch):
 
 
 def test_hub_errors(monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="the Hub is read by `datasets`")
     with pytest.raises(FileNotFoundError, match="cannot be reached: set CONVMIXER_DATA to a folder"):
         load_images("someone/something")
     monkeypatch.setattr(data, "_hub_reachable", lambda: True)
@@ -411,9 +489,14 @@ def broken(root, kind):
         (pets / "train.parquet").write_text("x")
         return pets, ValueError, ["train.parquet cannot be read as parquet"]
     if kind == "no image column":
-        pets.mkdir()
-        datasets.Dataset.from_dict({"text": ["a"], "label": [0]}).to_parquet(pets / "train.parquet")
-        return pets, ValueError, ["no Image column", "text, label"]
+        write_table(pets / "train.parquet", {"text": ["a"], "label": [0]})
+        return pets, ValueError, ["no picture column", "text, label"]
+    if kind == "no label column":
+        write_table(pets / "train.parquet", {"image": [b""], "weight": [0.5]})
+        return pets, ValueError, ["no label column", "image, weight"]
+    if kind == "no rows":
+        parquet(pets, n=0)
+        return pets, ValueError, ["split 'train' of", "has no images"]
     if kind == "unlabelled":
         parquet(pets, labels=[-1] * 12)
         return pets, ValueError, ["labels run from -1", "published unlabelled"]
@@ -447,7 +530,7 @@ def broken(root, kind):
     raise KeyError(kind)
 
 
-KINDS = ["missing", "empty", "file", "parquet that is none", "no image column", "unlabelled", "no such split",
+KINDS = ["missing", "empty", "file", "parquet that is none", "no image column", "no label column", "no rows", "unlabelled", "no such split",
          "one class", "text", "disguised text", "stray file", "folder in a class", "empty class", "classes differ",
          "no test"]
 
