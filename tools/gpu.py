@@ -7,18 +7,20 @@ same command, given again, goes on. `--try` runs the same lines on a CPU, at siz
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
 START = 90  # seconds that a machine takes to start, of the minutes given
 PARTS = {  # name: (seconds, what it settles)
-    "kernels": (60, "our kernels against float64 on this device"),
-    "settings": (130, "ceilings; layout, compiler and depthwise method for light25 and paper200"),
+    "kernels": (70, "our kernels against float64 on this device"),
+    "settings": (140, "ceilings; layout, compiler and depthwise method for light25 and paper200"),
     "profile": (30, "host against device time, the names of the kernels"),
     "light25": (150, "three seeds of light25: the accuracy at the authors' own scale, and weights"),
     "authors": (60, "ours against the authors' way, 2 workers and 12, in turn"),
@@ -66,50 +68,53 @@ def workloads(options):
 # The parts
 
 
-def kernels(options, device, out):
-    """Largest error of each product of our kernels, for each k, as a share of the largest value in float64."""
+PRODUCTS = ("output", "input gradient", "weight gradient", "bias gradient")
+
+
+def kernel_errors(k, shape, dtype, layout, device):
+    """How far our kernels are from the library in float64: the norm of the difference, as a share."""
     import torch
     import torch.nn.functional as F
 
     from convmixer_edu.depthwise import depthwise_conv
 
-    def products(method, tensors):
+    def products(convolve, tensors):
         x, w, b, up = (t.detach().requires_grad_(i < 3) for i, t in enumerate(tensors))
-        if method == "library":
-            y = F.conv2d(x, w, b, padding="same", groups=len(w))
-        else:
-            y = depthwise_conv(x, w, b, method)
+        y = convolve(x, w, b)
         return y.detach(), *torch.autograd.grad(y, (x, w, b), up)
 
-    def error(k, shape, dtype, layout):
-        g = torch.Generator().manual_seed(k)
-        b, h, height, width = shape
-        given = [torch.randn(s, generator=g).to(device, dtype) for s in (shape, (h, 1, k, k), (h,), shape)]
-        given = [t.contiguous(memory_format=layout) if i in (0, 3) else t for i, t in enumerate(given)]
-        exact = products("library", [t.double() for t in given])
-        return {name: float((ours.double() - e).norm() / e.norm())
-                for name, ours, e in zip(names, products("triton", given), exact)}
+    g = torch.Generator().manual_seed(k)
+    h, layout = shape[1], getattr(torch, layout)
+    given = [torch.randn(s, generator=g).to(device, getattr(torch, dtype)) for s in (shape, (h, 1, k, k), (h,), shape)]
+    given = [t.contiguous(memory_format=layout) if t.shape == shape else t for t in given]
+    exact = products(lambda *t: F.conv2d(*t, padding="same", groups=h), [t.double() for t in given])
+    ours = products(lambda *t: depthwise_conv(*t, "triton"), given)
+    return {name: float((mine.double() - e).norm() / e.norm()) for name, mine, e in zip(PRODUCTS, ours, exact)}
 
-    names, found = ("output", "input gradient", "weight gradient", "bias gradient"), []
+
+def kernels(options, device, out):
+    """Our kernels on this device, each case in a process of its own, since it is the compiler that takes the time."""
     limits = {"float32": 1e-5, "bfloat16": 1e-2}
-    odd, last, half = (8, 40, 13, 17), torch.channels_last, torch.bfloat16
-    cases = [(5, (512, 256, 16, 16), half, last), (9, (128, 256, 32, 32), half, last),
-             *[(k, odd, half, last) for k in (5, 9, 3, 7, 8, 15)], *[(k, odd, torch.float32, last) for k in (5, 8)],
-             (5, odd, half, torch.contiguous_format), (9, (512, 256, 16, 16), half, last)]
+    odd, last, half = (8, 40, 13, 17), "channels_last", "bfloat16"
+    cases = [(9, (128, 256, 32, 32), half, last), (5, (512, 256, 16, 16), half, last),
+             *[(k, odd, half, last) for k in (15, 9, 8, 7, 5, 3)], *[(k, odd, "float32", last) for k in (5, 8)],
+             (5, odd, half, "contiguous_format"), (9, (512, 256, 16, 16), half, last)]
     if options.small:
-        cases = [(k, (2, 8, 5, 6), torch.float32, layout) for k in (3, 8) for layout in (last, torch.contiguous_format)]
-    for k, shape, dtype, layout in cases:
-        if time.monotonic() > options.end:
-            break
-        case = {"k": k, "shape": shape, "dtype": str(dtype).removeprefix("torch."), "channels_last": layout == last}
-        case["relative_error"] = error(k, shape, dtype, layout)
-        case["right"] = max(case["relative_error"].values()) < limits[case["dtype"]]
-        found.append(case)
-        write(out / "kernels.json", {**here(device), "limits": limits, "right": all(c["right"] for c in found),
-                                     "of": len(cases), "found": found})
-        print(f"  k = {k:2d}, {shape}, {case['dtype']}: {max(case['relative_error'].values()):.1e}"
-              + ("" if case["right"] else ", WRONG"), flush=True)
-    return len(found) == len(cases)
+        cases = [(k, (2, 8, 5, 6), "float32", layout) for k in (3, 8) for layout in (last, "contiguous_format")]
+    found, jobs = [], 1 if options.small else max(1, (os.cpu_count() or 1) // 2)
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        waiting = {pool.submit(kernel_errors, *case, str(device)): case for case in cases}
+        for done in as_completed(waiting):
+            k, shape, dtype, layout = waiting[done]
+            error = done.result()
+            right = max(error.values()) < limits[dtype]
+            found.append({"k": k, "shape": shape, "dtype": dtype, "layout": layout, "relative_error": error,
+                          "right": right})
+            write(out / "kernels.json", {**here(device), "limits": limits, "right": all(c["right"] for c in found),
+                                         "of": len(cases), "found": found})
+            print(f"  k = {k:2d}, {shape}, {dtype}, {layout}: {max(error.values()):.1e}" + ("" if right else ", WRONG"),
+                  flush=True)
+    return True
 
 
 def settings(options, device, out):
