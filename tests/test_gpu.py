@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def start(out, *more):
-    command = [sys.executable, "tools/gpu.py", "--try", "--out", str(out), "--minutes", "10", *more]
+    command = [sys.executable, "tools/gpu.py", "--try", "--out", str(out), "--minutes", "60", *more]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True,
                             env=offline(OMP_NUM_THREADS=1))
 

@@ -283,11 +283,11 @@ def queue(options):
     env, left = {**os.environ, "PYTHONPATH": os.pathsep.join([checkout, os.environ.get("PYTHONPATH", "")])}, []
     env.setdefault("CONVMIXER_CACHE", str(options.out / "cache"))
     for name in options.only:
-        done, (seconds, _) = options.out / name / ".done", PARTS[name]
+        done, seconds = options.out / name / ".done", (PARTS[name][0] or 1e9) * (10 if options.small else 1)
         if done.exists():
             print(f"{name}: done before")
             continue
-        seconds = min(seconds or 1e9, end - time.monotonic())
+        seconds = min(seconds, end - time.monotonic())
         if seconds < 5:
             left.append(name)
             continue
@@ -297,7 +297,7 @@ def queue(options):
         print(f"{name}: at most {seconds:.0f} s", flush=True)
         started = time.monotonic()
         try:
-            code = subprocess.run([str(w) for w in words], env=env, timeout=seconds + 30).returncode
+            code = subprocess.run([str(w) for w in words], env=env, timeout=1.3 * seconds + 30).returncode
         except subprocess.TimeoutExpired:
             code = "too late"
         print(f"{name}: {time.monotonic() - started:.0f} s" + (f", ended with {code}" if code not in (0, 3) else ""),
