@@ -68,12 +68,12 @@ def convolve(
                 row = tl.load(at, mask=there & (u >= 0) & (u < H), other=0.0)
                 sums = _add_row(sums, row.to(ACC), column, t)
     here = out + b * ob + top * oh + z * ow + c * oc
+    more = tl.zeros((1, CHANNELS), ACC)
+    if BIAS:
+        more = tl.load(bias + c, mask=c < C, other=0.0).to(ACC)
     for r in tl.static_range(ROWS):
-        y = sums[r]
-        if BIAS:
-            y += tl.load(bias + c, mask=c < C, other=0.0).to(ACC)
-        tl.store(here + r * oh, y.to(out.dtype.element_ty),
-                 mask=(z < W) & (c < C) & (top + r < H))
+        y = (sums[r] + more).to(out.dtype.element_ty)
+        tl.store(here + r * oh, y, mask=(z < W) & (c < C) & (top + r < H))
 
 # %% ../nbs/P1b_triton.ipynb #d2a3c364
 def _accumulator(x):

@@ -247,9 +247,8 @@ for k, kind, layout, (b, h, height, width) in cases:
     worst.append(max(float((a.double() - e).abs().max() / e.abs().max()) for a, e in pairs))
     again = weight_gradient(ours[0], up, k, "triton")
     assert all(torch.equal(a, t.grad) for a, t in zip(again, ours[1:])), "the same bits twice"
-    for many in (1, 5):  # programs: tiles one after the other, and a last program with fewer
-        few = weight_sums(ours[0].detach(), up, k, many)
-        pairs += [(a.reshape(e.shape), e.grad) for a, e in zip(few, exact[1:])]
+    few = weight_sums(ours[0].detach(), up, k, 2)  # programs: several tiles each, the last one fewer
+    pairs += [(a, e.grad) for a, e in zip(few, exact[1:])]
     worst[-1] = max(worst[-1], *(float((a.double() - e).abs().max() / e.abs().max()) for a, e in pairs[4:]))
 small = [torch.randn(2, 3, 4, 3, dtype=torch.double, device=device, requires_grad=True),
          torch.randn(3, 1, 2, 2, dtype=torch.double, device=device, requires_grad=True)]
