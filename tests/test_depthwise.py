@@ -247,9 +247,8 @@ for k, kind, layout, (b, h, height, width) in cases:
     worst.append(max(float((a.double() - e).abs().max() / e.abs().max()) for a, e in pairs))
     again = weight_gradient(ours[0], up, k, "triton")
     assert all(torch.equal(a, t.grad) for a, t in zip(again, ours[1:])), "the same bits twice"
-    for many in (1, 5):  # programs: tiles one after the other, and a last program with fewer
-        few = weight_sums(ours[0].detach(), up, k, many)
-        pairs += [(a.reshape(e.shape), e.grad) for a, e in zip(few, exact[1:])]
+    few = weight_sums(ours[0].detach(), up, k, 2)  # programs: several tiles each, the last one fewer
+    pairs += [(a, e.grad) for a, e in zip(few, exact[1:])]
     worst[-1] = max(worst[-1], *(float((a.double() - e).abs().max() / e.abs().max()) for a, e in pairs[4:]))
 small = [torch.randn(2, 3, 4, 3, dtype=torch.double, device=device, requires_grad=True),
          torch.randn(3, 1, 2, 2, dtype=torch.double, device=device, requires_grad=True)]
@@ -257,13 +256,13 @@ assert torch.autograd.gradcheck(lambda *t: depthwise_conv(*t, method="triton"), 
 print(json.dumps(worst))
 """
 CASES = [(1, "float32", "channels_last", (2, 3, 4, 5)), (2, "bfloat16", "channels_last", (3, 5, 1, 1)),
-         (2, "float64", "contiguous_format", (1, 3, 4, 3)), (3, "float32", "contiguous_format", (3, 5, 6, 7)),
-         (4, "float64", "channels_last", (3, 5, 6, 7)), (5, "bfloat16", "channels_last", (3, 70, 3, 2)),
-         (5, "float16", "contiguous_format", (3, 5, 4, 5)), (5, "float32", "channels_last", (1, 3, 18, 5)),
+         (2, "float64", "contiguous_format", (1, 3, 4, 3)), (3, "float32", "contiguous_format", (3, 3, 4, 5)),
+         (4, "float64", "channels_last", (2, 5, 5, 3)), (5, "bfloat16", "channels_last", (1, 70, 3, 2)),
+         (5, "float16", "contiguous_format", (3, 3, 4, 5)), (5, "float32", "channels_last", (1, 3, 17, 2)),
          (7, "float32", "channels_last", (1, 33, 4, 3)), (7, "float64", "contiguous_format", (3, 2, 2, 18)),
-         (8, "float32", "channels_last", (2, 9, 7, 4)), (8, "bfloat16", "contiguous_format", (1, 3, 3, 5)),
-         (9, "bfloat16", "contiguous_format", (2, 3, 5, 3)), (9, "float64", "channels_last", (1, 2, 17, 3)),
-         (9, "float32", "channels_last", (1, 2, 10, 9)), (15, "float32", "channels_last", (3, 2, 4, 3)),
+         (8, "float32", "channels_last", (2, 9, 5, 2)), (8, "bfloat16", "contiguous_format", (1, 3, 3, 5)),
+         (9, "bfloat16", "contiguous_format", (2, 2, 4, 3)), (9, "float64", "channels_last", (1, 2, 17, 1)),
+         (9, "float32", "channels_last", (1, 2, 5, 4)), (15, "float32", "channels_last", (3, 2, 3, 1)),
          (15, "bfloat16", "contiguous_format", (1, 2, 3, 4)), (15, "float64", "channels_last", (1, 2, 1, 1))]
 ALLOWED = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 
@@ -285,6 +284,7 @@ def test_triton_on_a_gpu():
     pytest.importorskip("triton", reason="Triton is not installed: it exists for Linux")
     large = [(k, kind, layout, (33, 100, 16, 17)) for k in (3, 4, 5, 7, 9) for kind in ("float32", "float16")
              for layout in ("channels_last", "contiguous_format")]
+    large += [(k, "bfloat16", "channels_last", (64, 256, side, side)) for k, side in ((5, 16), (9, 16), (9, 32))]
     check_triton("cuda", CASES + large, TRITON_INTERPRET="0")
 
 
@@ -298,7 +298,7 @@ from convmixer_edu.depthwise_triton import convolve, partial_sums
 tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 shape = dict(C=256, H=16, W=16, ROWS=16, ACC=tl.float32, xc=1, xw=256, xh=4096)
 forward = dict(shape, oc=1, ow=256, oh=4096, COLUMNS=16, CHANNELS=32)
-backward = dict(shape, gc=1, gw=256, gh=4096, COLUMNS=1, CHANNELS=64, PER=22)
+backward = dict(shape, gc=1, gw=256, gh=4096, COLUMNS=1, CHANNELS=64)
 found = []
 for capability, kind, kernel, warps, own in (
         (75, "fp16", convolve, 4, dict(forward, K=9, FLIP=True, BIAS=False)),
