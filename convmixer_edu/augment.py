@@ -193,26 +193,6 @@ def _points(f, n, names, zeros, bands, k):
         f = torch.where(f < n.top, f, 255 - f)
     return _blend(f, n, names, bands, k)
 
-# %% ../nbs/05_augment.ipynb #numb0001
-_Numbers = namedtuple("_Numbers", "auto equal half add top mean grey smooth "
-                      "factor step moved")
-
-
-def _numbers(ops, args, pixels):
-    "What the operations (B,) are to the kernels: a row for each number."
-    op = {name: ops == i for i, name in enumerate(OPS)}
-    blends = op["Brightness"] | op["Contrast"] | op["Color"] | op["Sharpness"]
-    step = np.exp2((8 - np.ceil(args)) * op["Posterize"])  # of its levels
-    return np.stack(_Numbers(
-        auto=op["AutoContrast"] * 2.0**20, equal=op["Equalize"],
-        half=np.where(op["Equalize"], 0.5, 1e-3),  # rounds, or cuts off
-        add=np.trunc(args * op["SolarizeAdd"]),
-        top=np.where(op["Solarize"], args, np.where(op["Invert"], -1, 1e9)),
-        mean=op["Contrast"] * (1 + 2**-22) / pixels,  # a half goes up
-        grey=op["Color"], smooth=op["Sharpness"],
-        factor=np.where(blends, args, 1 / step), step=step,
-        moved=ops >= len(OPS) - len(MATRICES)))
-
 # %% ../nbs/05_augment.ipynb #83d5af66
 def _matrix(ops, args, height, width, whole):
     "Where a pixel comes from: (x, y) = M (x, y, 1), as (3, 2, B)."
@@ -252,6 +232,26 @@ def _move(f, n, look, nearest, k):
                         align_corners=False).flatten(2)
     out = torch.where(inside, out.add_(1e-3).floor_(), k.fill)  # cuts
     return f.lerp(out, n.moved)
+
+# %% ../nbs/05_augment.ipynb #numb0001
+_Numbers = namedtuple("_Numbers", "auto equal half add top mean grey smooth "
+                      "factor step moved")
+
+
+def _numbers(ops, args, pixels):
+    "What the operations (B,) are to the kernels: a row for each number."
+    op = {name: ops == i for i, name in enumerate(OPS)}
+    blends = op["Brightness"] | op["Contrast"] | op["Color"] | op["Sharpness"]
+    step = np.exp2((8 - np.ceil(args)) * op["Posterize"])  # of its levels
+    return np.stack(_Numbers(
+        auto=op["AutoContrast"] * 2.0**20, equal=op["Equalize"],
+        half=np.where(op["Equalize"], 0.5, 1e-3),  # rounds, or cuts off
+        add=np.trunc(args * op["SolarizeAdd"]),
+        top=np.where(op["Solarize"], args, np.where(op["Invert"], -1, 1e9)),
+        mean=op["Contrast"] * (1 + 2**-22) / pixels,  # a half goes up
+        grey=op["Color"], smooth=op["Sharpness"],
+        factor=np.where(blends, args, 1 / step), step=step,
+        moved=ops >= len(OPS) - len(MATRICES)))
 
 # %% ../nbs/05_augment.ipynb #cons0001
 def _constants(shape, device, fill=0.0, n=1):
