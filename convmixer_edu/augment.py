@@ -39,7 +39,7 @@ def _uniform(generator, *shape):
 
 def _send(numbers, device):
     "Numbers as float32 on the device; a GPU takes them without a wait."
-    tensor = torch.as_tensor(np.array(numbers, np.float32))
+    tensor = torch.from_numpy(np.asarray(numbers, np.float32))
     tensor = tensor.pin_memory() if device.type == "cuda" else tensor
     return tensor.to(device, non_blocking=True)
 
