@@ -399,7 +399,8 @@ def _draw_ops(count, m, generator, spread, policy):
     which = torch.randint(len(names), (count,), generator=generator)
     which = np.from_dlpack(which)
     noise = torch.randn(count, generator=generator, dtype=torch.float64)
-    level = (m + spread * np.from_dlpack(noise)).clip(0, chosen.top) / chosen.top
+    level = m + spread * np.from_dlpack(noise)
+    level = level.clip(0, chosen.top) / chosen.top
     coins = _uniform(generator, 2, count)
     level = np.where(signed[which] & (coins[0] < 0.5), -level, level)
     args = start[which] + level * (end - start)[which]
