@@ -348,5 +348,25 @@ def test_cuda_agrees(data, name):
         assert off.double().mean() < 0.02 and torch.allclose(a[1], b[1].cpu(), atol=1e-6)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("preset", ["light25", "light100", "paper200"])
+def test_a_cuda_graph_makes_other_steps(data, preset):
+    """Recorded with the draws of one step, replayed with another's."""
+    engine = make("batched", data, augmentation(PRESETS[preset]), device="cuda")
+    first, other = (engine.pack(0, step, torch.arange(30)) for step in (0, 1))
+    assert first.is_pinned()
+    held, side = first.cuda(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        engine.make(held)  # libraries prepare themselves
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = engine.make(held)
+    held.copy_(other)
+    graph.replay()
+    assert equal(made, engine.make(other.cuda()))
+
+
 def test_timm_keeps_its_pictures_on_the_cpu(data):
     assert Timm(data, PAPER, MEAN, STD).loader.dataset.images is data.images
