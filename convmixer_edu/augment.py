@@ -39,7 +39,7 @@ def _uniform(generator, *shape):
 
 def _send(numbers, device):
     "Numbers as float32 on the device; a GPU takes them without a wait."
-    tensor = torch.as_tensor(np.array(numbers, np.float32))
+    tensor = torch.from_numpy(np.asarray(numbers, np.float32))
     tensor = tensor.pin_memory() if device.type == "cuda" else tensor
     return tensor.to(device, non_blocking=True)
 
@@ -151,15 +151,16 @@ OPS = ("Identity", "AutoContrast", "Equalize", "Invert", "Posterize",
        "Sharpness", *MATRICES)
 
 
-def _smooth(f, k):
+def _smooth(f, bands, k):
     "Pillow's SMOOTH: neighbours weigh 1, the centre 5; the rim stays."
-    image = f.view(-1, *k.shape)
-    box = F.avg_pool2d(image, 3, 1, 1, divisor_override=13)
-    box = torch.add(box, image, alpha=4 / 13).round().flatten(2)
-    return torch.where(k.rim, f, box)
+    image = f.view(-1, *k.shape[1:])  # (BC, H, W)
+    columns, rows = bands
+    box = torch.bmm(image, rows)  # sums of three, from left to right
+    box = torch.baddbmm(image, columns, box, beta=4 / 13, alpha=1 / 13)
+    return f.lerp(box.round_().view(f.shape), k.inner)
 
 
-def _blend(f, n, names, k):
+def _blend(f, n, names, bands, k):
     "plain + factor * (f - plain), cut off as Pillow does; keeps n's bits."
     grey = f
     if k.shape[0] == 3:  # Pillow's luminance: sixteen bits, exact in float32
@@ -167,9 +168,9 @@ def _blend(f, n, names, k):
     mean = (grey.sum((1, 2), keepdim=True) * n.mean).round()
     plain = torch.addcmul(mean, n.grey, grey)
     if "Sharpness" in names:
-        plain = torch.addcmul(plain, n.smooth, _smooth(f, k))
-    mixed = ((f - plain) * n.factor + plain).clamp(0, 255)
-    return mixed - mixed.remainder(n.step)
+        plain = torch.addcmul(plain, n.smooth, _smooth(f, bands, k))
+    f = (f - plain).mul_(n.factor).add_(plain).clamp_(0, 255)
+    return f.floor_().mul_(n.step)
 
 # %% ../nbs/05_augment.ipynb #63c68b2b
 def _levels(f, n, zeros):
@@ -178,11 +179,11 @@ def _levels(f, n, zeros):
     counts = zeros.scatter_add(2, value, n.equal.expand(f.shape))
     darker = (counts.cumsum(2) - counts).gather(2, value)  # pixels below it
     place = torch.addcmul(darker, f - f.amin(2, keepdim=True), n.auto)
-    step = (place.amax(2, keepdim=True) * ((1 + 1e-6) / 255)).floor()
+    step = place.amax(2, keepdim=True).floor_divide(255)
     return torch.where(step > 0, torch.addcdiv(n.half, place, step), f)
 
 
-def _points(f, n, names, zeros, k):
+def _points(f, n, names, zeros, bands, k):
     "All operations but the five that move pixels; whole levels (B, C, HW)."
     if "Equalize" in names:
         f = _levels(f, n, zeros)
@@ -190,26 +191,7 @@ def _points(f, n, names, zeros, k):
         f = torch.where(f < 128, f + n.add, f)
     if "Solarize" in names:
         f = torch.where(f < n.top, f, 255 - f)
-    return _blend(f, n, names, k)
-
-# %% ../nbs/05_augment.ipynb #numb0001
-_Numbers = namedtuple("_Numbers", "auto equal half add top mean grey smooth "
-                      "factor step moved")
-
-
-def _numbers(ops, args, pixels):
-    "What the operations (B,) are to the kernels: a row for each number."
-    op = {name: ops == i for i, name in enumerate(OPS)}
-    blends = op["Brightness"] | op["Contrast"] | op["Color"] | op["Sharpness"]
-    return np.stack(_Numbers(
-        auto=op["AutoContrast"] * 2.0**20, equal=op["Equalize"],
-        half=np.where(op["Equalize"], 0.5, 1e-3),  # rounds, or cuts off
-        add=np.trunc(args * op["SolarizeAdd"]),
-        top=np.where(op["Solarize"], args, np.where(op["Invert"], -1, 1e9)),
-        mean=op["Contrast"] * (1 + 2**-22) / pixels,  # a half goes up
-        grey=op["Color"], smooth=op["Sharpness"],
-        factor=np.where(blends, args, 1), moved=ops >= len(OPS) - 5,
-        step=np.exp2((8 - np.ceil(args)) * op["Posterize"])))
+    return _blend(f, n, names, bands, k)
 
 # %% ../nbs/05_augment.ipynb #83d5af66
 def _matrix(ops, args, height, width, whole):
@@ -248,23 +230,45 @@ def _move(f, n, look, nearest, k):
         return torch.where(inside, f.gather(2, place), k.fill)
     out = F.grid_sample(f.view(-1, *k.shape), place, padding_mode="border",
                         align_corners=False).flatten(2)
-    out = torch.where(inside, (out + 1e-3).trunc(), k.fill)  # as Pillow cuts
+    out = torch.where(inside, out.add_(1e-3).floor_(), k.fill)  # cuts
     return f.lerp(out, n.moved)
+
+# %% ../nbs/05_augment.ipynb #numb0001
+_Numbers = namedtuple("_Numbers", "auto equal half add top mean grey smooth "
+                      "factor step moved")
+
+
+def _numbers(ops, args, pixels):
+    "What the operations (B,) are to the kernels: a row for each number."
+    op = {name: ops == i for i, name in enumerate(OPS)}
+    blends = op["Brightness"] | op["Contrast"] | op["Color"] | op["Sharpness"]
+    step = np.exp2((8 - np.ceil(args)) * op["Posterize"])  # of its levels
+    return np.stack(_Numbers(
+        auto=op["AutoContrast"] * 2.0**20, equal=op["Equalize"],
+        half=np.where(op["Equalize"], 0.5, 1e-3),  # rounds, or cuts off
+        add=np.trunc(args * op["SolarizeAdd"]),
+        top=np.where(op["Solarize"], args, np.where(op["Invert"], -1, 1e9)),
+        mean=op["Contrast"] * (1 + 2**-22) / pixels,  # a half goes up
+        grey=op["Color"], smooth=op["Sharpness"],
+        factor=np.where(blends, args, 1 / step), step=step,
+        moved=ops >= len(OPS) - len(MATRICES)))
 
 # %% ../nbs/05_augment.ipynb #cons0001
 def _constants(shape, device, fill=0.0, n=1):
     "What the kernels need and no draw changes, for images (C, H, W)."
     c, h, w = shape
     y, x = np.divmod(np.arange(h * w), w)
-    rim = (x < 1) | (x > w - 2) | (y < 1) | (y > h - 2)
+    inner = (x > 0) & (x < w - 1) & (y > 0) & (y < h - 1)
     side = np.repeat(np.float32([w, h]), n)[:, None, None, None]
     luma = np.array([19595, 38470, 7471])[:, None] / 2**16
     level = np.broadcast_to(np.round(np.multiply(fill, 255)), c)[:, None]
-    given = {"x": x + 0.5, "y": y + 0.5, "rim": rim, "first": side * 0,
+    given = {"x": x + 0.5, "y": y + 0.5, "inner": inner, "first": side * 0,
              "last": np.nextafter(side, np.float32(0)), "scale": 2 / side,
              "luma": luma, "half": np.array([[0.5], [0], [0]]), "fill": level}
+    for name, n in (("columns", h), ("rows", w)):  # ones near the diagonal
+        given[name] = abs(np.subtract.outer(*[np.arange(n)] * 2)) < 2
     k = {name: _send(value, device) for name, value in given.items()}
-    return SimpleNamespace(**k | {"rim": k["rim"] > 0, "shape": tuple(shape)})
+    return SimpleNamespace(**k, shape=tuple(shape))
 
 # %% ../nbs/05_augment.ipynb #many0001
 def _rows(draws, names, nearest, shape):
@@ -283,10 +287,14 @@ def _many(f, numbers, matrices, names, nearest, k):
     numbers, size = numbers.unbind(), len(_Numbers._fields)
     moves = names & {*MATRICES}
     looks = _looks(matrices, nearest, k) if moves else None
-    zeros = f.new_zeros(*f.shape[:2], 256) if "Equalize" in names else None
+    b, c, zeros, bands = *f.shape[:2], None, None
+    if "Equalize" in names:
+        zeros = f.new_zeros(b, c, 256)
+    if "Sharpness" in names:
+        bands = [t.expand(b * c, -1, -1) for t in (k.columns, k.rows)]
     for i in range(len(numbers) // size):
         n = _Numbers(*numbers[i * size:(i + 1) * size])
-        f = _points(f, n, names, zeros, k)
+        f = _points(f, n, names, zeros, bands, k)
         f = _move(f, n, looks[i], nearest, k) if moves else f
     return f
 
@@ -391,7 +399,8 @@ def _draw_ops(count, m, generator, spread, policy):
     which = torch.randint(len(names), (count,), generator=generator)
     which = np.from_dlpack(which)
     noise = torch.randn(count, generator=generator, dtype=torch.float64)
-    level = (m + spread * np.from_dlpack(noise)).clip(0, chosen.top) / chosen.top
+    level = m + spread * np.from_dlpack(noise)
+    level = level.clip(0, chosen.top) / chosen.top
     coins = _uniform(generator, 2, count)
     level = np.where(signed[which] & (coins[0] < 0.5), -level, level)
     args = start[which] + level * (end - start)[which]

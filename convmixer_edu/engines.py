@@ -44,7 +44,8 @@ class _Packing:
         "All that a step needs to know, in one buffer."
         g = keyed_generator(self.seed, 2, epoch, step)
         own = np.from_dlpack(_own_rows(len(index), self.rank, self.world))
-        parts = {"index": np.from_dlpack(index)[None], **self._draw(len(index), g)}
+        parts = self._draw(len(index), g)
+        parts["index"] = np.from_dlpack(index)[None]
         packed = torch.empty(sum(self.sizes.values()), len(own),
                              pin_memory=self.device.type == "cuda")
         start, numbers = 0, packed.numpy()

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.stats import chisquare
 from sklearn.datasets import load_sample_images
 from timm.data import auto_augment as paper
-from timm.data import create_transform
+from timm.data import Mixup, create_transform
 from timm.data.mixup import mixup_target
 from torch.nn import functional as F
 from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop
@@ -22,7 +22,6 @@ from convmixer_edu.augment import (
     OPS,
     POLICIES,
     Augment,
-    alternating_flip,
     apply_ops,
     color_jitter,
     draw_ops,
@@ -168,12 +167,32 @@ def test_constant_images_stay(name, value):
 
 
 def test_mixed_batch_equals_one_by_one(tiles):
-    """Sorting by operation and back leaves every image its own operation."""
+    """Every image goes through every kernel, and only its own operation changes it."""
     ops, args = draw_ops(len(tiles), 9, rng(3), 0.5, "timm")
     assert len(ops.unique()) > 8
     together = apply_ops(tiles, ops, args)
     alone = torch.cat([apply_ops(tiles[i:i + 1], ops[i:i + 1], args[i:i + 1]) for i in range(len(tiles))])
     assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("side", [(5, 7), (20, 28), (96, 96), (224, 224)])
+@pytest.mark.parametrize("nearest", [False, True])
+def test_an_operation_not_drawn_changes_nothing(side, nearest):
+    """The identity's numbers leave all bytes as they are, at any size."""
+    images = torch.randint(0, 256, (2, 3, *side), dtype=torch.uint8, generator=rng())
+    assert torch.equal(one_op(images, "Identity", 0.7, nearest=nearest), images)
+    beside = apply_ops(images, torch.tensor([OPS.index("Rotate"), 0]), torch.tensor([20.0, 3.0]), nearest)
+    assert torch.equal(beside[1], images[1]) and not torch.equal(beside[0], images[0])
+
+
+@pytest.mark.parametrize("alphas", [(0.5, 0.0), (0.0, 0.5), (0.5, 0.5)])
+def test_mix_is_timms(tiles, alphas):
+    images, labels = tiles.float()[:64], torch.arange(64) % 5
+    for seed in range(12):
+        ours = mix(images, labels, 5, *alphas, 0.1, rng(seed))
+        np.random.seed(int(torch.randint(2**31, (), generator=rng(seed))))
+        theirs = Mixup(*alphas, label_smoothing=0.1, num_classes=5)(images.clone(), labels)
+        assert torch.allclose(ours[0], theirs[0], atol=1e-4) and torch.equal(ours[1], theirs[1])
 
 
 # ---------------------------------------------------------------- draws
@@ -264,7 +283,7 @@ def test_crop_is_torchvisions_on_the_same_box(tiles):
     h, w, fits = augment._first_fit(scale, ratio, 32, 32, g, n, 0)
     top, left = augment._place(h, 32, g), augment._place(w, 32, g)
     assert fits.all()
-    boxes = torch.stack([top, left, h, w], 1).int().tolist()
+    boxes = np.stack([top, left, h, w], 1).astype(int).tolist()
     expected = torch.stack([
         to_tensor(TF.resized_crop(to_pil(t), *box, [32, 32], InterpolationMode.BILINEAR)) for t, box in zip(tiles, boxes)
     ])
@@ -273,10 +292,10 @@ def test_crop_is_torchvisions_on_the_same_box(tiles):
 
 def test_crop_boxes_are_drawn_as_published():
     h, w, fits = augment._first_fit((0.25, 1.0), (3 / 4, 4 / 3), 64, 64, rng(), 20_000, 0)
-    assert fits.double().mean() > 0.99
+    assert fits.mean() > 0.99
     h, w = h[fits], w[fits]
-    area, log_ratio = h * w / 64**2, (w / h).log()
-    assert area.min() > 0.24 and area.max() <= 1 and log_ratio.abs().max() < math.log(4 / 3) + 0.05
+    area, log_ratio = h * w / 64**2, np.log(w / h)
+    assert area.min() > 0.24 and area.max() <= 1 and abs(log_ratio).max() < math.log(4 / 3) + 0.05
     assert abs(log_ratio.mean()) < 0.01
     # Large boxes of odd shape fit more rarely, so the mean lies below the middle: as much below as torchvision's.
     torch.manual_seed(0)
@@ -303,25 +322,6 @@ def test_flip_mirrors_about_half(tiles):
     mirrored = (out == many.flip(-1)).flatten(1).all(1)
     assert ((out == many).flatten(1).all(1) ^ mirrored).all()
     assert abs(mirrored.double().mean() - 0.5) < 0.04
-
-
-def test_alternating_flip_shows_both_sides_in_turn(tiles):
-    many = tiles[:1].expand(1000, -1, -1, -1)
-    coins = torch.rand(1000, generator=rng()) < 0.5
-    epochs = [alternating_flip(many, coins, epoch) for epoch in range(4)]
-    for before, after in zip(epochs, epochs[1:]):
-        assert torch.equal(before, after.flip(-1))
-    assert torch.equal(epochs[0], epochs[2])
-    mirrored = (epochs[0] == many.flip(-1)).flatten(1).all(1)
-    assert torch.equal(mirrored, coins) and abs(mirrored.double().mean() - 0.5) < 0.06
-
-
-def test_alternating_is_off_unless_asked_for(tiles):
-    assert not Augment().alternating
-    coins = torch.ones(len(tiles), dtype=torch.bool)
-    assert torch.equal(Augment(alternating=True)(tiles, None, coins, 0), tiles.flip(-1))
-    assert torch.equal(Augment(alternating=True)(tiles, None, coins, 1), tiles)
-    assert torch.equal(Augment(flip=False, alternating=True)(tiles, None, coins, 0), tiles)
 
 
 # ---------------------------------------------------------------- jitter
@@ -376,7 +376,7 @@ def test_erasing_boxes_and_noise():
 def test_erasing_by_zero_and_extremes():
     ones = torch.ones(50, 1, 8, 8)
     assert set(random_erasing(ones, 1.0, rng(), "const").unique().tolist()) == {0.0, 1.0}
-    assert random_erasing(ones, 0.0, rng()) is ones
+    assert torch.equal(random_erasing(ones, 0.0, rng()), ones)
     assert random_erasing(ones.half(), 1.0, rng()).dtype == torch.float16
     assert torch.equal(random_erasing(ones, 1.0, rng(4)), random_erasing(ones, 1.0, rng(4)))
 
@@ -457,8 +457,6 @@ BAD = {
     "mix type": (lambda x: mix(x, torch.zeros(len(x)).long(), 3, 0.5), "expected floats"),
     "mix labels": (lambda x: mix(x.float(), torch.zeros(2).long(), 3, 0.5), "one an image"),
     "smoothing": (lambda x: mix(x.float(), torch.zeros(len(x)).long(), 3, smoothing=3), "smoothing is 3"),
-    "coins": (lambda x: alternating_flip(x, torch.ones(3), 0), "coins are (torch.float32, 3)"),
-    "no coins": (lambda x: Augment(alternating=True)(x), "coins are None"),
     "Augment": (lambda x: Augment(crop_scale=2.0), "crop_scale is 2.0"),
     "Augment m": (lambda x: Augment(randaug_n=1, randaug_m=31), "expected 0 to 30"),
     "Augment mode": (lambda x: Augment(erase_mode="x"), "erase_mode is 'x'"),

@@ -13,10 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torchvision.transforms import ColorJitter
 
+from convmixer_edu import engines
 from convmixer_edu.augment import Augment, mix, normalize
 from convmixer_edu.checkpoint import keyed_generator
 from convmixer_edu.data import ImageSet
-from convmixer_edu.engines import ENGINES, Batched, Timm, make_engine, pil_transform, stream
+from convmixer_edu.engines import ENGINES, Batched, Timm, _own_rows, make_engine, pil_transform
+from convmixer_edu.recipe import PRESETS, augmentation
 
 MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.25, 0.3)
 PAPER = Augment(0.75, randaug_n=2, randaug_m=9, randaug_spread=0.5, randaug_policy="timm", erase=0.25,
@@ -46,8 +48,7 @@ def equal(one, other):
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("recipe", [PAPER, LIGHT, PLAIN, replace(PAPER, alternating=True)],
-                         ids=["paper", "light", "plain", "alternating"])
+@pytest.mark.parametrize("recipe", [PAPER, LIGHT, PLAIN], ids=["paper", "light", "plain"])
 @pytest.mark.parametrize("name", ENGINES)
 def test_any_step_can_be_repeated(data, name, recipe):
     """A new engine, started in the middle of an epoch that another one went through from its beginning."""
@@ -76,19 +77,26 @@ def test_workers_change_nothing(data):
         assert equal(a, b)
 
 
-def test_a_picture_of_timms_does_not_know_its_batch(data):
-    """Two training processes with half of the batch each see what one process sees."""
-    engine = make("timm", data, replace(PAPER, erase=0.0, mixup=0.0, cutmix=0.0))
-    index = torch.arange(10)
-    (whole, _), = engine.batches(1, [(0, index)])
-    (first, _), = make("timm", data, engine.augment, rank=0).batches(1, [(0, index[:5])])
-    (second, _), = make("timm", data, engine.augment, rank=1).batches(1, [(0, index[5:])])
-    assert torch.equal(whole, torch.cat([first, second]))
-
-
-def test_ranks_draw_apart(data):
-    (a, _), (b, _) = (next(make("batched", data, rank=rank).batches(0, steps_of(data))) for rank in (0, 1))
-    assert not torch.equal(a, b)
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("recipe", [PAPER, LIGHT], ids=["paper", "light"])
+@pytest.mark.parametrize("name", ENGINES)
+def test_processes_make_their_rows_of_one_batch(data, name, recipe, world, monkeypatch):
+    """Together they hold the whole batch, bit for bit, and none makes more than its rows."""
+    step, index = 3, torch.randperm(60, generator=keyed_generator(9))[:24]
+    (whole, targets), = make(name, data, recipe).batches(1, [(step, index)])
+    made = []
+    one = engines._Pictures._one
+    monkeypatch.setattr(engines._Pictures, "_one", lambda self, *key: made.append(key) or one(self, *key))
+    seen = []
+    for rank in range(world):
+        engine, rows = make(name, data, recipe, rank=rank, world=world), _own_rows(24, rank, world)
+        assert torch.equal(23 - rows.flip(0), rows)  # partners, mirrored in here too
+        (x, y), = engine.batches(1, [(step, index)])
+        assert torch.equal(x, whole[rows]) and torch.equal(y, targets[rows])
+        assert engine.pack(1, step, index).shape[1] == len(x) == 24 // world
+        seen.append(rows)
+    assert torch.equal(torch.cat(seen).sort().values, torch.arange(24))
+    assert len(made) == (24 if name == "timm" else 0)
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -108,12 +116,23 @@ def test_without_augmentation_pictures_are_normalised(data, name):
 
 
 def test_batched_is_the_functions_of_chapter_5_in_order(data):
+    """Draws: augment, erase, mix. Applied: augment, mix, normalise, erase, as timm and the authors do."""
     step, index = steps_of(data)[1]
     (x, y), = make("batched", data).batches(3, [(step, index)])
-    g = keyed_generator(5, 2, 3, step)
-    images = normalize(replace(PAPER, fill=MEAN)(data.images[index], g), MEAN, STD)
-    images = PAPER.erasing(images, g)
-    assert equal((x, y), mix(images, data.labels[index], 4, 0.5, 0.5, 0.1, g))
+    g, later = keyed_generator(5, 2, 3, step), torch.Generator()
+    images = replace(PAPER, fill=MEAN)(data.images[index], g).float() / 255
+    later.set_state(g.get_state())
+    PAPER.erasing(images, later)  # only to draw
+    mixed, targets = mix(images, data.labels[index], 4, 0.5, 0.5, 0.1, later)
+    expected = PAPER.erasing(normalize(mixed, MEAN, STD), g)
+    assert torch.allclose(x, expected, atol=1e-5) and torch.equal(y, targets)
+
+
+def test_erasing_comes_after_mixing(data):
+    """A hole of the mean colour is whole: nothing of the partner shows in it."""
+    recipe = replace(PLAIN, erase=1.0, erase_mode="const", mixup=1.0)
+    (x, _), = make("batched", data, recipe).batches(0, [(0, torch.arange(60))])
+    assert (x == 0).all(1).flatten(1).any(1).double().mean() > 0.9
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -123,24 +142,6 @@ def test_both_mix_and_erase_by_the_same_draws(data, name):
     steps = steps_of(data)
     for a, b in zip(make(name, data, recipe).batches(0, steps), make("batched", data, recipe).batches(0, steps)):
         assert equal(a, b)
-
-
-@pytest.mark.parametrize("name", ENGINES)
-def test_alternating_flip_depends_on_seed_image_and_epoch(data, name):
-    recipe, index = Augment(alternating=True), torch.arange(len(data))
-
-    def seen(order, epoch, seed=5, among=data):
-        (x, _), = make(name, among, recipe, seed).batches(epoch, [(7, order)])
-        return x
-
-    whole = seen(index, 0)
-    assert torch.equal(whole, seen(index, 2)) and torch.equal(whole, seen(index, 1).flip(-1))
-    assert torch.equal(whole.flip(0), seen(index.flip(0), 0))  # wherever in a batch
-    assert torch.equal(whole[:20], seen(index[:20], 0, among=data.subset(slice(0, 20))))  # of however many
-    assert not torch.equal(whole, seen(index, 0, seed=6))
-    plain = normalize(data.images, MEAN, STD)
-    mirrored = (whole == plain.flip(-1)).flatten(1).all(1)
-    assert 15 < mirrored.sum() < 45 and torch.equal(whole[~mirrored], plain[~mirrored])
 
 
 # ---------------------------------------------------------------- timm's pipeline
@@ -183,77 +184,67 @@ def test_transform_of_any_mode(mode):
         assert out.shape == (len(mean), 16, 20) and out.dtype == torch.uint8
 
 
-def test_sides_are_told_or_tossed():
+def test_sides_are_tossed():
     picture = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
-    pixels = torch.arange(64, dtype=torch.uint8).view(1, 8, 8)
-    bare = Augment()
-    assert torch.equal(pil_transform(bare, (8, 8), (0.5,), False)(picture), pixels)
-    assert torch.equal(pil_transform(bare, (8, 8), (0.5,), True)(picture), pixels.flip(-1))
-    tossed = torch.stack([pil_transform(bare, (8, 8), (0.5,))(picture) for _ in range(40)])
+    tossed = torch.stack([pil_transform(Augment(), (8, 8), (0.5,))(picture) for _ in range(40)])
     assert len(tossed.unique(dim=0)) == 2
+    bare = pil_transform(Augment(flip=False), (8, 8), (0.5,))
+    assert all(torch.equal(bare(picture), torch.arange(64, dtype=torch.uint8).view(1, 8, 8)) for _ in range(9))
 
 
-# ---------------------------------------------------------------- streaming
+# ---------------------------------------------------------------- static shapes, few calls
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """An image folder: train/ with 3 classes of 8 pictures, val/ with one of each, all of different sizes."""
-    root = tmp_path_factory.mktemp("images")
-    for split, count in (("train", 8), ("val", 1)):
-        for k, name in enumerate(("ant", "bee", "cow")):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                size = (50 + 3 * i, 70 - 2 * i)
-                Image.new("RGB", size, (60 * k + 20, 100, 200)).save(root / split / name / f"{i}.png")
-    return root
+class Recorder(TorchDispatchMode):
+    """Notes every call into torch with the shapes of its results."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((str(func), [tuple(t.shape) for t in tree_leaves(out) if isinstance(t, torch.Tensor)]))
+        return out
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_stream_trains_on_a_folder(folder, workers):
-    recipe = replace(PAPER, crop_scale=0.25)
-    loader, classes = stream(folder, recipe, MEAN, STD, 32, 6, workers=workers)
-    assert classes == ("ant", "bee", "cow") and len(loader) == 4
-    seen = list(loader)
-    assert all(x.shape == (6, 3, 32, 32) and x.dtype == torch.float32 for x, _ in seen)
-    assert torch.equal(torch.cat([y for _, y in seen]).bincount(), torch.tensor([8, 8, 8]))
-    x, y = recipe.mixed(*seen[0], len(classes))
-    assert x.shape == (6, 3, 32, 32) and torch.allclose(y.sum(1), torch.ones(6))
-    assert not torch.equal(next(iter(loader))[0], seen[0][0])
+@pytest.mark.parametrize("preset", ["light25", "light100", "paper200"])
+def test_no_shape_depends_on_the_draws(data, preset):
+    engine = make("batched", data, augmentation(PRESETS[preset]))
+    seen, packed = [], []
+    for step in range(5):
+        packed.append(engine.pack(0, step, torch.arange(30)))
+        with Recorder() as recorder:
+            engine.make(packed[-1])
+        seen.append(recorder.calls)
+    assert all(calls == seen[0] for calls in seen)
+    assert len({(p.shape, p.dtype, p.is_contiguous()) for p in packed}) == 1 and packed[0].dtype == torch.float32
+    assert not torch.equal(packed[0], packed[1])
 
 
-def test_stream_without_augmentation_is_normalised(folder):
-    loader, _ = stream(folder, PLAIN, MEAN, STD, 32, 24, workers=0)
-    ((x, y),) = loader
-    assert x.shape == (24, 3, 32, 32)
-    red = (20 + 60 * y) / 255
-    assert torch.allclose(x[:, 0], ((red - MEAN[0]) / STD[0]).view(-1, 1, 1).expand(-1, 32, 32), atol=1e-5)
+def test_a_step_of_light25_is_few_calls(data):
+    engine = make("batched", data, augmentation(PRESETS["light25"]))
+    with Recorder() as recorder:
+        next(engine.batches(0, [(0, torch.arange(60))]))
+    assert len(recorder.calls) <= 120
 
 
-def test_stream_erases_on_the_batch(folder):
-    loader, _ = stream(folder, replace(PLAIN, erase=1.0), MEAN, STD, 32, 24, workers=0)
-    ((x, _),) = loader
-    assert (x.flatten(2).std(2) > 0).all()  # the pictures are of one colour each
-
-
-def test_stream_validates_in_order(folder):
-    loader, classes = stream(folder, PAPER, MEAN, STD, 32, 2, training=False, workers=0)
-    seen = list(loader)
-    assert [y.tolist() for _, y in seen] == [[0, 1], [2]]
-    assert all(equal(a, b) for a, b in zip(seen, loader))
+def test_making_is_a_function_of_the_buffer_alone(data):
+    engine = make("batched", data)
+    first, other = (engine.pack(0, step, torch.arange(20)) for step in (0, 1))
+    before, copy = engine.make(first), first.clone()
+    engine.make(other)
+    assert equal(engine.make(first), before) and torch.equal(first, copy)
 
 
 # ---------------------------------------------------------------- errors
 
 
-def test_one_clear_sentence(data, folder, tmp_path):
+def test_one_clear_sentence(data):
     bad = {
         "engine is 'x', expected one of batched, timm": lambda: make("x", data),
         "expected a whole m": lambda: make("timm", data, replace(PAPER, randaug_m=9.5)),
         "no spread with policy torchvision": lambda: make("timm", data, replace(LIGHT, randaug_spread=1.0)),
-        "holds 24 images": lambda: stream(folder, PAPER, MEAN, STD, 32, 25),
-        "holds 0 images": lambda: stream(tmp_path, PAPER, MEAN, STD),
-        "none holds 0 images": lambda: stream(tmp_path / "none", PAPER, MEAN, STD),
     }
     for words, call in bad.items():
         with pytest.raises(ValueError) as caught:
@@ -281,11 +272,11 @@ class NoWaiting(TorchDispatchMode):
     """Computes with OnDevice tensors on the CPU and refuses what a GPU would have to be waited for.
 
     That is a value read by Python, a result whose size depends on values, a copy back, and a large operand that is
-    still on the CPU. `computed` counts what was done on the device.
+    still on the CPU. `computed` counts what was done on the device, `copies` what was sent there.
     """
     sized_by_values = ("nonzero", "masked_select", "unique", "bincount", "_local_scalar_dense", "is_nonzero",
                        "repeat_interleave", "equal")
-    computed, running = 0, True
+    computed, copies, running = 0, 0, True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -297,6 +288,8 @@ class NoWaiting(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")
             waits = self.running and leaves and not there and not kwargs.get("non_blocking")
             assert not waits, f"{name} copies without non_blocking"
+            self.copies += self.running and bool(leaves) and not there
+            assert leaves or not self.running or there, f"{name} makes a constant on the device"
         elif not there:
             return func(*args, **kwargs)
         else:
@@ -331,7 +324,7 @@ def test_waiting_would_be_noticed(wait):
             wait(x)
 
 
-@pytest.mark.parametrize("recipe", [PAPER, replace(LIGHT, cutmix=0.5, alternating=True)], ids=["paper", "light"])
+@pytest.mark.parametrize("recipe", [PAPER, replace(LIGHT, cutmix=0.5)], ids=["paper", "light"])
 def test_a_batch_is_made_without_waiting(data, recipe):
     """Every operation of both policies runs, nothing is read back, and the batch is the CPU's."""
     many = replace(recipe, randaug_n=4)
@@ -343,7 +336,7 @@ def test_a_batch_is_made_without_waiting(data, recipe):
         mode.running = True
         made = [(x.inner, y.inner) for x, y in engine.batches(0, steps)]
     assert all(equal(a, b) for a, b in zip(made, expected, strict=True))
-    assert mode.computed > 100
+    assert mode.computed > 100 and mode.copies == len(steps)  # one a step
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -353,6 +346,26 @@ def test_cuda_agrees(data, name):
     for a, b in zip(make(name, data).batches(0, steps), make(name, data, device="cuda").batches(0, steps)):
         off = (a[0] - b[0].cpu()).abs() > 0.05
         assert off.double().mean() < 0.02 and torch.allclose(a[1], b[1].cpu(), atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("preset", ["light25", "light100", "paper200"])
+def test_a_cuda_graph_makes_other_steps(data, preset):
+    """Recorded with the draws of one step, replayed with another's."""
+    engine = make("batched", data, augmentation(PRESETS[preset]), device="cuda")
+    first, other = (engine.pack(0, step, torch.arange(30)) for step in (0, 1))
+    assert first.is_pinned()
+    held, side = first.cuda(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        engine.make(held)  # libraries prepare themselves
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = engine.make(held)
+    held.copy_(other)
+    graph.replay()
+    assert equal(made, engine.make(other.cuda()))
 
 
 def test_timm_keeps_its_pictures_on_the_cpu(data):
