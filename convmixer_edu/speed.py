@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['VISITS', 'Workload', 'step_flops', 'step_bytes', 'ceilings', 'Floor', 'floor', 'real_dtypes', 'choose_precision',
-           'keep_freed_memory', 'Choice', 'choices', 'prepare', 'autocast', 'frozen', 'Recorded', 'make_step',
-           'time_step', 'probe', 'device_name', 'choose', 'remember', 'profile_step', 'measure', 'main']
+           'keep_freed_memory', 'Choice', 'choices', 'CompiledSequential', 'prepare', 'autocast', 'frozen', 'Recorded',
+           'make_step', 'time_step', 'probe', 'device_name', 'choose', 'remember', 'profile_step', 'measure', 'main']
 
 # %% ../nbs/P2_speed.ipynb #c5efb5c8
 import argparse
@@ -225,6 +225,22 @@ def choices(
     return [choice for _, choice in every]
 
 # %% ../nbs/P2_speed.ipynb #bad21964
+class CompiledSequential(nn.Sequential):
+    "A Sequential whose own loop is compiled, and not only what is in it"
+
+    def forward(self, x):
+        for part in self:
+            x = part(x)
+        return x
+
+
+def _compile(part, choice):
+    "Compile a Sequential in place, as one piece"
+    part.__class__ = CompiledSequential
+    part.compile(dynamic=False, options={
+        "layout_optimization": choice.layout_optimization})
+
+
 def prepare(
     model: nn.Module,  # changed in place, its values are not
     choice: Choice,
@@ -233,10 +249,9 @@ def prepare(
     layout = (torch.channels_last if choice.channels_last
               else torch.contiguous_format)
     model.to(memory_format=layout)
-    options = {"layout_optimization": choice.layout_optimization}
     for part in model.children():
         if choice.compile and isinstance(part, nn.Sequential):
-            part.compile(dynamic=False, options=options)
+            _compile(part, choice)
     return model
 
 
@@ -270,8 +285,7 @@ def frozen(
     layout = (torch.channels_last if choice.channels_last
               else torch.contiguous_format)
     if choice.compile:
-        model.compile(dynamic=False, options={
-            "layout_optimization": choice.layout_optimization})
+        _compile(model, choice)
     freezing = _freezing if choice.compile else contextlib.nullcontext
 
     @torch.inference_mode()

@@ -149,8 +149,10 @@ def _machine(device, dtype):
 
 
 def _commit():
-    "The commit of this checkout; where there is none, $CONVMIXER_COMMIT"
+    "$CONVMIXER_COMMIT if that is set, else the commit of this checkout"
     here = Path(__file__).parent if "__file__" in globals() else Path.cwd()
+    if told := os.environ.get("CONVMIXER_COMMIT"):  # a copy has no history
+        return told
     with suppress(OSError, subprocess.CalledProcessError):  # no git, no repo
         asked = subprocess.run(
             ["git", "-C", str(here), "describe", "--always", "--dirty",

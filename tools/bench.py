@@ -159,7 +159,7 @@ def users_step(c, device, channels_last=True, dtype=None, compiled=None):
     dtype = dtype or speed.choose_precision(device)
     model = ConvMixer(c.dim, c.depth, c.kernel_size, c.patch_size, 10).to(device, memory_format=layout)
     if compiled:
-        model.compile(mode=compiled)
+        model = torch.compile(model, mode=compiled)
     x = torch.randn(c.batch_size, 3, 32, 32, device=device).contiguous(memory_format=layout)
     y = torch.arange(c.batch_size, device=device) % 10
     optimizer = torch.optim.AdamW(model.parameters(), c.lr, weight_decay=c.weight_decay, fused=True)
