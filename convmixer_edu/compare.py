@@ -250,8 +250,12 @@ def work_of(
     image_size: int = 224,  # pixels
 ) -> Work:
     "Count one of timm's networks, built without its weights"
-    with torch.device("meta"):
-        return count_work(timm.create_model(network), image_size)
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(network)
+    except NotImplementedError:  # until timm 1.0.30, RegNets ask for values
+        model = timm.create_model(network).to("meta")
+    return count_work(model, image_size)
 
 # %% ../nbs/A_comparisons.ipynb #9d1cdd5d
 def full_gmacs(

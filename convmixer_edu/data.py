@@ -29,6 +29,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+for _float in (np.float32, np.float64):  # before anyone flushes denormals,
+    np.finfo(_float)  # or numpy warns that the smallest number is zero
+
 # %% ../nbs/04_data.ipynb #9f5fc351
 @dataclass(frozen=True, eq=False)
 class ImageSet:
@@ -163,11 +166,12 @@ def _to_rgb(image):
     return image.convert("RGB")
 
 # %% ../nbs/04_data.ipynb #0fde6208
-def open_image(file, name):
-    "A picture as Pillow's 8-bit RGB, upright; raises as `read_image` does."
+def open_image(file, name, upright=True):
+    "A picture as Pillow's 8-bit RGB; raises as `read_image` does."
     try:
         with Image.open(file) as image:
-            ImageOps.exif_transpose(image, in_place=True)
+            if upright:  # as the camera noted
+                ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {name}") from None

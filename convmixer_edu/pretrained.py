@@ -139,7 +139,7 @@ def _assemble(sizes, activation, tensors):
 
 # %% ../nbs/08_imagenet.ipynb #851c14c4
 _ACTIVATIONS = {nn.GELU: "gelu", nn.ReLU: "relu"}
-_ASIDE = ("global_pool", "head_drop")  # timm's names for what has no weights
+_ASIDE = ("global_pool", "pooling", "head_drop")  # these have no weights
 
 
 def _activation(layer):
@@ -204,7 +204,9 @@ def from_timm(
     if not isinstance(model, timms.ConvMixer):
         raise ValueError(f"the model is a {type(model).__name__}, expected "
                          "timm's ConvMixer")
-    pool, drop = model.global_pool.pool_type, model.head_drop.p
+    pooling = getattr(model, "pooling", None)  # until timm 1.0.30
+    pool = (pooling or model.global_pool).pool_type
+    drop = model.head_drop.p
     if pool not in ("avg", "fast") or drop:
         raise ValueError(f"the model has global_pool={pool!r} and drop_rate="
                          f"{drop}, expected 'avg' and 0")
@@ -426,6 +428,11 @@ def targets(
         "as n01440764, or by number")
 
 # %% ../nbs/08_imagenet.ipynb #6b45c77c
+def _open(file, name):
+    "A picture lying as it was stored: so the accuracies were taken"
+    return open_image(file, name, upright=False)
+
+
 class _Files(Dataset):
     "Pictures in files; timm's loader sets `transform`"
     transform = None
@@ -438,7 +445,7 @@ class _Files(Dataset):
 
     def __getitem__(self, i):
         file, label = self.rows[i]
-        return self.transform(open_image(file, file)), label
+        return self.transform(_open(file, file)), label
 
 
 class _TableRows(Dataset):
@@ -455,7 +462,7 @@ class _TableRows(Dataset):
 
     def __getitem__(self, i):
         name, file = self.table[i + self.first]
-        return (self.transform(open_image(file, name)),
+        return (self.transform(_open(file, name)),
                 self.numbers[i + self.first])
 
 
@@ -471,7 +478,7 @@ class _Rows(IterableDataset):
         for i, row in enumerate(self.table.skip(self.first), self.first):
             file = _hub_file(row[self.picture], f"image {i}")
             number = _known(i, row[self.label], self.numbers)
-            yield self.transform(open_image(file, f"image {i}")), number
+            yield self.transform(_open(file, f"image {i}")), number
 
 
 def _known(i, label, numbers):
