@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_SOURCE', 'CIFAR10_MEAN', 'CIFAR10_STD', 'ImageSet', 'stratified_index', 'split_holdout', 'open_image',
-           'read_image', 'resolve_source', 'load_images', 'book_source']
+           'read_image', 'resolve_source', 'expand', 'cache_folder', 'load_images', 'book_source']
 
 # %% ../nbs/04_data.ipynb #48d2db4f
 import hashlib
@@ -194,6 +194,7 @@ def read_image(
     image; both name it.
     """
     name = str(file) if name is None else name
+    file = file if hasattr(file, "read") else expand(file)
     return _to_tensor(open_image(file, name), size, channels)
 
 
@@ -219,11 +220,18 @@ def resolve_source(
     return os.fspath(chosen)
 
 
+def expand(path: str | os.PathLike) -> Path:
+    "A path with ~ as the home folder, where there is one."
+    with suppress(RuntimeError):  # a user without a home
+        return Path(path).expanduser()
+    return Path(path)
+
+
 def _kind(source):
     "'digits', 'folder' or 'hub'; FileNotFoundError when it is none of them."
     if source == "digits":
         return "digits"
-    folder = Path(source).expanduser()
+    folder = expand(source)
     if folder.is_dir():
         return "folder"
     if folder.exists():
@@ -252,13 +260,28 @@ def _digits(split, size):
     return _pick_split({"train": train, "test": test}, split, "digits")
 
 
+_TESTS = ("test", "val", "valid", "validation")  # what people call it
+
+
 def _pick_split(splits, split, source):
-    "The split asked for, or a ValueError that lists those there are."
-    if split not in splits:
-        there = ", ".join(sorted(splits)) or "none"
-        raise ValueError(f"{source} has no split {split!r}, expected one "
-                         f"of: {there}")
-    return splits[split]
+    "The split asked for or its like, or a ValueError that lists all."
+    if split in _TESTS:  # val stands in for test, but never test for val
+        names = [split, *_TESTS[1:]]
+        name = next((name for name in names if name in splits), split)
+        if name != split == "test":
+            _tell(f"{source} has no test split: {name} is taken for it")
+        split = name
+    if split in splits:
+        return splits[split]
+    there = ", ".join(sorted(splits)) or "none"
+    raise ValueError(f"{source} has no split {split!r}, expected one "
+                     f"of: {there}")
+
+
+@cache
+def _tell(sentence):
+    "Say a choice that was made for the user, once a process."
+    print(sentence, file=sys.stderr)
 
 # %% ../nbs/04_data.ipynb #398dbea7
 _CLUTTER = {"thumbs.db", "desktop.ini"}
@@ -290,26 +313,35 @@ def _class_files(folder):
 
 # %% ../nbs/04_data.ipynb #3a6a492f
 def _parts(folder):
-    "The folders train and test, or a ValueError that says what is missing."
-    parts = {p.name: p for p in _visible(folder) if p.is_dir()}
-    if not {"train", "test"} <= set(parts):
-        what = "holds neither" if _visible(folder) else "is empty"
+    "The folders train and test (or its like), each with its classes."
+    there = {p.name: p for p in _visible(folder) if p.is_dir()}
+    tests = [name for name in _TESTS if name in there]
+    if "train" not in there or not tests:
+        what = "lacks one of them" if _visible(folder) else "is empty"
         raise ValueError(f"folder {folder} {what}, expected parquet files, "
-                         "or the folders train and test with a folder of "
-                         "images for each class in both")
-    return {name: parts[name] for name in ("train", "test")}
+                         "or the folders train and test (or val) with a "
+                         "folder of images for each class in both")
+    return {name: there[name] for name in ("train", tests[0])}
 
 
-def _open_class_folders(folder, split):
-    "Rows of a folder with train/ and test/ of class folders."
+def _walk(folder, split):
+    "The files of each class of a split, or of a split of parquet files."
+    inner = [p for p in (folder / "train").glob("*") if p.is_dir()]
+    tables = {} if inner else _parquet_files(folder)
+    if tables:
+        return {None: _pick_split(tables, split, folder), **tables}
     parts = _parts(folder)
     files = _class_files(_pick_split(parts, split, folder))
-    classes = {part: {p.name for p in _visible(parts[part]) if p.is_dir()}
-               for part in ("train", "test")}
-    differ = sorted(classes["train"] ^ classes["test"])
-    if differ:
+    train, test = ({p.name for p in _visible(part) if p.is_dir()}
+                   for part in parts.values())
+    if train ^ test:
         raise ValueError(f"the classes of train and test differ in {folder}: "
-                         f"only one of them has {', '.join(differ)}")
+                         f"only one has {', '.join(sorted(train ^ test))}")
+    return files
+
+
+def _open_class_folders(files):
+    "Rows of the files of each class."
     labels = [i for i, paths in enumerate(files.values()) for _ in paths]
     paths = [path for paths in files.values() for path in paths]
 
@@ -454,8 +486,8 @@ def _choose_column(names, what, there, source):
     chosen = next((n for n in usual if n in names), names[0])
     if len(names) > 1:
         rest = ", ".join(n for n in names if n != chosen)
-        print(f"{source}: {what}s are taken from column {chosen}, "
-              f"not from {rest}", file=sys.stderr)
+        _tell(f"{source}: {what}s are taken from column {chosen}, "
+              f"not from {rest}")
     return chosen
 
 # %% ../nbs/04_data.ipynb #bd47ba8e
@@ -543,15 +575,13 @@ def _open(source, split):
     "(labels, classes, rows); rows(index) yields (name, file)."
     if _kind(source) == "hub":
         return _open_hub(source, split)
-    folder = Path(source).expanduser()
-    files = _parquet_files(folder)
-    if files:
-        chosen = _pick_split(files, split, folder)
-        every = [file for several in files.values() for file in several]
-        table = _ParquetTable(chosen, str(folder), every)
-        return (table.labels, table.classes,
-                lambda index: map(table.__getitem__, index.tolist()))
-    return _open_class_folders(folder, split)
+    files = _walk(expand(source), split)
+    if None not in files:
+        return _open_class_folders(files)
+    every = [file for several in files.values() for file in several]
+    table = _ParquetTable(files[None], source, every)
+    return (table.labels, table.classes,
+            lambda index: map(table.__getitem__, index.tolist()))
 
 # %% ../nbs/04_data.ipynb #b02ea67a
 _BAR_FROM = 5000  # fewer images are decoded before a bar could be read
@@ -596,41 +626,42 @@ def _read_source(source, split, size, limit):
 _DECODER = "1"  # raised whenever the same file would decode differently
 
 
-def _source_files(folder):
-    "Every file of the source, in a fixed order."
-    found = [f for files in _parquet_files(folder).values() for f in files]
-    if not found:
-        found = [f for part in _parts(folder).values()
-                 for f in part.rglob("*") if f.is_file()]
-    return sorted(found)
-
-
-def _state(source):
-    "What the source looks like now: a digest that changes when it does."
+def _state(source, split="train"):
+    "What a split looks like now: a digest that changes when it does."
     digest = hashlib.sha256(_DECODER.encode())
     if _kind(source) == "folder":
-        folder = Path(source).expanduser()
-        for file in _source_files(folder):
-            stat = file.stat()
-            name = file.relative_to(folder).as_posix()
-            digest.update(repr((name, stat.st_size,
-                                stat.st_mtime_ns)).encode())
+        folder = expand(source)
+        for files in _walk(folder, split).values():
+            for file in files:
+                stat, name = file.stat(), file.relative_to(folder).as_posix()
+                digest.update(repr((name, stat.st_size,
+                                    stat.st_mtime_ns)).encode())
     return digest.hexdigest()
+
+
+def cache_folder() -> Path | None:
+    "Where decoded images and the like are kept; None without a home."
+    folder = expand(os.environ.get("CONVMIXER_CACHE")
+                    or "~/.cache/convmixer_edu")
+    return None if folder.parts[:1] == ("~",) else folder
 
 
 def _cache_file(source, split, size):
     "Where the decoded split is kept."
-    root = os.environ.get("CONVMIXER_CACHE") or "~/.cache/convmixer_edu"
+    if cache_folder() is None:
+        return None
     if _kind(source) == "folder":
-        source = str(Path(source).expanduser().resolve())
+        source = str(expand(source).resolve())
     key = hashlib.sha256(repr((source, split, size)).encode()).hexdigest()
     slug = re.sub(r"[^\w.-]+", "-", source)[-40:].strip("-")
     name = f"{slug}-{split}-{key[:12]}.safetensors"
-    return Path(root).expanduser() / name
+    return cache_folder() / name
 
 # %% ../nbs/04_data.ipynb #e0781d52
 def _write_cache(file, data, state):
     "Keep a decoded split: written aside, flushed, then put in place."
+    if file is None:
+        return
     aside = file.with_name(f".{file.name}.{os.getpid()}")
     tensors = {"images": data.images, "labels": data.labels}
     note = {"fingerprint": data.fingerprint, "state": state,
@@ -651,7 +682,7 @@ def _write_cache(file, data, state):
 # %% ../nbs/04_data.ipynb #5ffa3358
 def _read_cache(file, state):
     "The kept split; None if there is none, it is stale, or it is damaged."
-    if not file.exists():
+    if file is None or not file.exists():
         return None
     try:
         with safe_open(file, framework="pt") as kept:
@@ -679,11 +710,12 @@ def load_images(
     """Load a split of a dataset as one uint8 tensor.
 
     `source` is a Hub dataset (owner/name), a folder of parquet files, a
-    folder with train/ and test/ of class folders, or "digits". `limit`
-    takes a seeded subset in which every class keeps its share. Everything
-    but digits becomes RGB. A decoded split is kept in $CONVMIXER_CACHE
-    (default ~/.cache/convmixer_edu) and checked whenever it is read. Raises
-    FileNotFoundError or ValueError in one sentence (Sec. 3).
+    folder with train/ and test/ (or val/) of class folders, or "digits".
+    `limit` takes a seeded subset in which every class keeps its share.
+    Everything but digits becomes RGB. A decoded split is kept in
+    $CONVMIXER_CACHE (default ~/.cache/convmixer_edu) and checked whenever
+    it is read. Raises FileNotFoundError or ValueError in one sentence
+    (Sec. 3).
     """
     source = resolve_source(source)
     for name, value in {"limit": limit, "size": size}.items():
@@ -692,7 +724,7 @@ def load_images(
     if _kind(source) == "digits":
         data = _digits(split, size)
     else:
-        file, state = _cache_file(source, split, size), _state(source)
+        file, state = _cache_file(source, split, size), _state(source, split)
         data = _read_cache(file, state)
         if data is None:
             data = _read_source(source, split, size, limit)
@@ -722,5 +754,5 @@ def book_source() -> str:
 def _at_hand(source):
     "Whether a Hub dataset is decoded here, kept here or can be fetched."
     files = [_cache_file(source, split, None) for split in ("train", "test")]
-    return (all(file.exists() for file in files) or _hub_cached(source)
+    return (all(file and file.exists() for file in files) or _hub_cached(source)
             or _hub_reachable())

@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import timm
 import torch
@@ -31,6 +32,7 @@ from torch import nn
 
 from convmixer_edu import cli, pretrained
 from convmixer_edu.checkpoint import CheckpointError, read_checkpoint
+from convmixer_edu.data import read_image
 from convmixer_edu.inference import load_run, predict
 from convmixer_edu.model import ConvMixer, variant
 from convmixer_edu.pretrained import (PUBLISHED, Tally, evaluate_pretrained, fetch_weights, find_published, finetune_config,
@@ -1004,3 +1006,47 @@ def test_finetune_from_a_terminal(two_photos, weights):
     assert told["images"] == 10
     _, err = convmixer("train", "--resume", "--out", "run", "--finetune", "convmixer_768_32", code=2)
     assert "start (convmixer_1024_20 there, convmixer_768_32 now)" in err
+
+
+# ---------------------------------------------------------------- what others wrap around weights
+
+
+def begin(prefix, tensors):
+    return {prefix + key: tensor for key, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda t: {"state_dict": begin("model.", t), "epoch": 3},  # Lightning
+    lambda t: begin("_orig_mod.module.", t), lambda t: begin("module._orig_mod.", t), lambda t: begin("net.", t),
+    lambda t: {"model_state_dict": t, "epoch": 1}, lambda t: {"net": t, "acc": 90.0},
+    lambda t: {"model": {"state_dict": t}}, lambda t: {"state_dict": t, "ema": {"decay": 0.99}},
+], ids=["lightning", "compiled DDP", "DDP compiled", "net.", "model_state_dict", "net", "two deep", "no weights as ema"])
+def test_usual_wrappings_are_taken_off(tmp_path, capsys, wrap):
+    tensors = ConvMixer(8, 1, 3, 4, 10).state_dict()
+    torch.save(wrap(tensors), tmp_path / "c.pth")
+    found, _ = read_weights(tmp_path / "c.pth")
+    assert found.keys() == tensors.keys() and all(torch.equal(found[k], tensors[k]) for k in tensors)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["state_dict_ema", "model_ema", "ema"])
+def test_averaged_weights_are_taken_and_it_is_said(tmp_path, capsys, name):
+    raw, averaged = (ConvMixer(8, 1, 3, 4, 10).state_dict() for _ in range(2))
+    torch.save({"state_dict": raw, name: averaged, "epoch": 3}, tmp_path / "c.pth.tar")
+    found, _ = read_weights(tmp_path / "c.pth.tar")
+    assert torch.equal(found["0.weight"], averaged["0.weight"])
+    assert capsys.readouterr().err.endswith(f"weights as {name}, state_dict: {name} is taken\n")
+
+
+def test_sixteen_bits_look_to_the_evaluation_as_they_do_to_predict(tmp_path):
+    ramp = np.tile(np.arange(64, dtype=np.uint16) * 1000, (64, 1))
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    theirs = np.asarray(pretrained._open(tmp_path / "ramp.png", "x")).transpose(2, 0, 1)
+    assert np.array_equal(theirs, read_image(tmp_path / "ramp.png").numpy()) and theirs.max() < 250
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_the_folder_of_the_validation_images_has_any_usual_name(tmp_path, name):
+    (tmp_path / name / "n01440764").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / name / "n01440764" / "0.png")
+    assert pretrained._find_source(tmp_path, "validation").count == 1
