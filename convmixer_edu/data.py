@@ -14,7 +14,7 @@ import threading
 import urllib.error
 import urllib.request
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from io import BytesIO
@@ -326,7 +326,8 @@ def _parts(folder):
 
 def _walk(folder, split):
     "The files of each class of a split, or of a split of parquet files."
-    inner = [p for p in (folder / "train").glob("*") if p.is_dir()]
+    train = folder / "train"
+    inner = train.is_dir() and any(p.is_dir() for p in _visible(train))
     tables = {} if inner else _parquet_files(folder)
     if tables:
         return {None: _pick_split(tables, split, folder), **tables}
@@ -362,11 +363,13 @@ def _parquet_files(folder):
     return splits
 
 
-@contextmanager
-def _reading(file):
-    "Whatever pyarrow raises becomes a ValueError that names the file."
+def _read_parquet(file, do):
+    "do(the open file); what pyarrow raises becomes one ValueError."
+    from pyarrow.parquet import ParquetFile
+
     try:
-        yield
+        with ParquetFile(file) as table:
+            return do(table)
     except Exception as error:  # pyarrow has kinds of its own
         raise ValueError(f"{file} cannot be read as parquet: "
                          f"{_brief(error)}") from None
@@ -376,50 +379,38 @@ class _ParquetTable:
     "Pictures and labels in parquet files; pictures come by row group."
 
     def __init__(self, files, source, every):
-        from pyarrow.parquet import ParquetFile
-
         self.source, self.groups, sizes = source, [], [0]
         for file in files:
-            with _reading(file):
-                meta = ParquetFile(file).metadata
-            for g in range(meta.num_row_groups):
-                self.groups.append((file, g))
-                sizes.append(meta.row_group(g).num_rows)
-        with _reading(files[0]):
-            schema = ParquetFile(files[0]).schema_arrow
-        self.picture, self.label, names = _columns(schema, source)
+            meta = _read_parquet(file, lambda table: table.metadata)
+            self.groups += [(file, g) for g in range(meta.num_row_groups)]
+            sizes += [meta.row_group(g).num_rows
+                      for g in range(meta.num_row_groups)]
         self.starts, self.open = np.cumsum(sizes), None  # the group at hand
-        values = self._values(files)
+        schema = _read_parquet(files[0], lambda table: table.schema_arrow)
+        self.picture, self.label, names = _columns(schema, source)
         known = self._values(every) if names is None else []
-        self.labels, self.classes = _number(values, names, known)
+        self.labels, self.classes = _number(self._values(files), names, known)
 
     def _values(self, files):
         "The label column of some files, those without one left out."
-        from pyarrow.parquet import ParquetFile
+        def read(table):
+            if self.label not in table.schema_arrow.names:
+                return []
+            return table.read([self.label])[self.label].to_pylist()
 
-        values = []
-        for file in files:
-            with _reading(file):
-                table = ParquetFile(file)
-                if self.label in table.schema_arrow.names:
-                    column = table.read(columns=[self.label])[self.label]
-                    values += column.to_pylist()
-        return values
+        return [v for file in files for v in _read_parquet(file, read)]
 
     def __len__(self):
         return int(self.starts[-1])
 
     def __getitem__(self, i):
         "Row i as (what to call it, a binary file)."
-        from pyarrow.parquet import ParquetFile
-
         g = int(np.searchsorted(self.starts, i, side="right")) - 1
         if self.open is None or self.open[0] != g:
-            file, number = self.groups[g]
-            with _reading(file):
-                column = ParquetFile(file).read_row_group(
-                    number, columns=[self.picture])[self.picture]
-                self.open = g, column.to_pylist()
+            file, n = self.groups[g]
+            self.open = g, _read_parquet(file, lambda table: (
+                table.read_row_group(n, [self.picture])[self.picture]
+                .to_pylist()))
         name = f"image {i} of {self.source}"
         return name, _cell_file(self.open[1][i - self.starts[g]], name)
 
@@ -427,8 +418,9 @@ class _ParquetTable:
 def _number(values, names, known):
     "Labels as numbers, -1 for none, and the classes they count through."
     if names is None:  # a plain column: its values are the classes
-        known = {v for v in known if v is not None and v not in range(-9, 0)}
-        names = sorted(known)
+        known = {v for v in known if isinstance(v, str) or v is not None
+                 and v >= 0}
+        names = sorted(known, key=lambda v: (isinstance(v, str), v))
         place = {value: i for i, value in enumerate(names)}
         values = [place.get(v, -1) for v in values]
     labels = [-1 if v is None else v for v in values]
@@ -457,9 +449,9 @@ def _columns(schema, source):
     noted = {name: f.get("_type") for name, f in features.items()}
 
     def is_picture(kind):
-        inner = [f.name for f in kind] if types.is_struct(kind) else []
-        return ("bytes" in inner or types.is_binary(kind)
-                or types.is_large_binary(kind))
+        if types.is_struct(kind):
+            return "bytes" in [field.name for field in kind]
+        return types.is_binary(kind) or types.is_large_binary(kind)
 
     def is_label(kind):
         kind = kind.value_type if types.is_dictionary(kind) else kind
