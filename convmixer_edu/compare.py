@@ -250,12 +250,16 @@ def work_of(
     image_size: int = 224,  # pixels
 ) -> Work:
     "Count one of timm's networks, built without its weights"
+    return count_work(_without_values(network), image_size)
+
+
+def _without_values(network):
+    "One of timm's networks on the meta device, where it costs no memory"
     try:
         with torch.device("meta"):
-            model = timm.create_model(network)
+            return timm.create_model(network)
     except NotImplementedError:  # until timm 1.0.30, RegNets ask for values
-        model = timm.create_model(network).to("meta")
-    return count_work(model, image_size)
+        return timm.create_model(network).to("meta")
 
 # %% ../nbs/A_comparisons.ipynb #9d1cdd5d
 def full_gmacs(

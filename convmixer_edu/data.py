@@ -25,7 +25,7 @@ import torch
 from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import track
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -509,17 +509,27 @@ def _hub_reachable(seconds=3.0):
     return bool(answers)
 
 
+def _datasets():
+    "The package that reads the Hub, or a ValueError where it is missing."
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError("a dataset on the Hugging Face Hub needs the package "
+                         "datasets: install it, or set CONVMIXER_DATA to a "
+                         "folder with the data, or to digits") from None
+    return datasets
+
+
 def _hub_cached(source):
     "Whether `datasets` keeps a copy of this Hub dataset."
-    import datasets
-
+    datasets = _datasets()
     folder = Path(datasets.config.HF_DATASETS_CACHE)
     return (folder / source.replace("/", "___")).is_dir()
 
 # %% ../nbs/04_data.ipynb #d0192ff2
 def _open_hub(source, split):
     "Rows of a dataset on the Hugging Face Hub."
-    import datasets
+    datasets = _datasets()
 
     if not _hub_cached(source) and not _hub_reachable():
         raise FileNotFoundError(
@@ -554,8 +564,7 @@ def _open_hub(source, split):
 
 def _hub_file(cell, name):
     "As `_cell_file`; a path may point into the Hub's own cache."
-    import datasets
-
+    datasets = _datasets()
     path = None if cell is None or cell["bytes"] else cell["path"]
     cache = Path(datasets.config.HF_CACHE_HOME).expanduser()
     if path and Path(path).is_relative_to(cache):
@@ -664,7 +673,7 @@ def _write_cache(file, data, state):
         with open(aside, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(aside, file)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a disk that is full
         with suppress(OSError):
             aside.unlink()
         warnings.warn(f"the decoded images could not be kept in "
@@ -746,5 +755,7 @@ def book_source() -> str:
 def _at_hand(source):
     "Whether a Hub dataset is decoded here, kept here or can be fetched."
     files = [_cache_file(source, split, None) for split in ("train", "test")]
-    return (all(file and file.exists() for file in files) or _hub_cached(source)
-            or _hub_reachable())
+    with suppress(ValueError):  # without `datasets` it cannot be fetched
+        return (all(file and file.exists() for file in files)
+                or _hub_cached(source) or _hub_reachable())
+    return False

@@ -62,7 +62,8 @@ def score(
     device, n = next(model.parameters()).device, len(data.classes)
     was_training = model.training
     model.eval()
-    loss = torch.zeros((), dtype=torch.float64, device=device)
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    loss = torch.zeros((), dtype=wide, device=device)
     confusion = torch.zeros(n * n, dtype=torch.int64, device=device)
     start = time.perf_counter()
     own = shard(torch.arange(len(data)), rank(), world())

@@ -31,7 +31,8 @@ from torch.utils.data import Dataset, IterableDataset
 
 from .checkpoint import (CheckpointError, read_checkpoint,
                                       write_checkpoint)
-from .data import (_TESTS, _class_files, _columns, _hub_file,
+from .data import (_TESTS, _class_files, _columns, _datasets,
+                                _hub_file,
                                 _hub_reachable, _kind, _parquet_files,
                                 _ParquetTable, _pick_split, _tell,
                                 cache_folder, expand, open_image)
@@ -553,12 +554,11 @@ def _parquet_source(splits, source, split):
 
 def _hub_source(source, split):
     "A dataset on the Hub, row by row"
-    import datasets  # slow to import
-
     mark = f"{source} {split}"
     if not _hub_reachable():
         raise ValueError(f"{source} is no folder here and the Hugging Face "
                          "Hub cannot be reached: give a folder")
+    datasets = _datasets()
     try:
         table = datasets.load_dataset(source, split=split, streaming=True)
     except Exception as error:  # datasets' and the Hub's kinds

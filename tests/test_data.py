@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT
 from huggingface_hub import constants
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
@@ -423,6 +424,17 @@ def test_book_source(monkeypatch, capsys, tmp_path):
     assert book_source() == str(tmp_path) and not capsys.readouterr().out
 
 
+def test_without_the_package_datasets_the_hub_is_out_of_reach(monkeypatch, capsys):
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "_hub_reachable", lambda: True)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="needs the package datasets: install it, or set CONVMIXER_DATA"):
+        load_images("someone/something")
+    monkeypatch.delenv("CONVMIXER_DATA", raising=False)
+    monkeypatch.setenv("CONVMIXER_CACHE", "no/such/folder")
+    assert book_source() == "digits" and "out of reach" in capsys.readouterr().out
+
+
 def test_an_unreachable_hub_is_noticed_quickly(monkeypatch):
     monkeypatch.undo()
     reachable = data._hub_reachable.__wrapped__
@@ -719,13 +731,14 @@ def test_splits_and_sizes_have_their_own_files(kept, tmp_path):
     assert load_images(folder, size=4).images.shape[2:] == (4, 4)
 
 
-def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+@pytest.mark.parametrize("place, kind", [("os.replace", OSError), ("save_file", SafetensorError)])
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, place, kind):
     class_folders(tmp_path / "pets")
 
     def full(*_, **__):
-        raise OSError("no space left on device")
+        raise kind("no space left on device")
 
-    monkeypatch.setattr(data.os, "replace", full)
+    monkeypatch.setattr(f"convmixer_edu.data.{place}", full)
     with pytest.warns(UserWarning, match="could not be kept in .* no space left"):
         assert len(load_images(tmp_path / "pets")) == 12
     assert not cache_files(tmp_path)
