@@ -23,7 +23,8 @@ from . import __version__
 
 # %% ../nbs/11_command_line.ipynb #97b62cc8
 app = typer.Typer(add_completion=False, rich_markup_mode=None,
-                  pretty_exceptions_enable=False)
+                  pretty_exceptions_enable=False,
+                  context_settings={"help_option_names": ["-h", "--help"]})
 
 Json = Annotated[bool, typer.Option(
     "--json", help="Print one JSON object, for programs.")]
@@ -78,7 +79,8 @@ def _explain(error):
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename} cannot be used: {error.strerror}", 2
     if isinstance(error, (ValueError, OSError)):
-        return str(error), 2
+        return str(error).replace(  # in the words of the command
+            "give size=", "give --set image_size="), 2
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         return "stopped by Ctrl-C", 130
     if isinstance(error, MemoryError) or (
@@ -94,11 +96,21 @@ def _say(text):
     print("convmixer:", " ".join(str(text).split()), file=sys.stderr)
 
 
+def _at_home(word):
+    "A path with the home folder in place of ~, which a shell may leave"
+    return (word[1] or "") + os.path.expanduser(word[2])
+
+
 def main(
     args: list[str] | None = None,  # words of the command; None: sys.argv
 ) -> None:
     "The command `convmixer`: ends with `SystemExit`, unless it has a bug"
     args = sys.argv[1:] if args is None else list(args)
+    args = [re.sub(r"^(--[a-z-]+=)?(~[/\\].*|~$)", _at_home, word)
+            for word in args]
+    for stream in (sys.stdout, sys.stderr):  # names of classes, in ASCII
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     if not sys.stderr.isatty():  # no bars of others in a log
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -258,7 +270,8 @@ def _check_folder(out, resume):
     if resume and not (out / "config.json").is_file():
         raise Failure(f"{out} holds no run to go on with: config.json is "
                       "missing, start without --resume")
-    if not resume and out.is_dir() and any(out.iterdir()):
+    if not resume and out.is_dir() and any(
+            not file.name.startswith(".") for file in out.iterdir()):
         raise Failure(f"{out} is not empty: go on with it (--resume) or "
                       "choose another folder")
 
@@ -802,7 +815,7 @@ def _judge(name, data, split, weights, device, as_json):
 def predict_command(
     paths: Annotated[list[Path], typer.Argument(
         metavar="[RUN] IMAGE...", help="The folder of a finished run, then "
-        "pictures of any size and mode.")],
+        "pictures of any size and mode, or folders of them.")],
     pretrained: Annotated[bool, typer.Option(
         "--pretrained", help="Ask the network that comes with the package; "
         "no RUN then.")] = False,
@@ -819,19 +832,25 @@ def predict_command(
                       "--pretrained IMAGE...")
     _check_finished(run)
     for image in images:
-        if not image.is_file():
+        if not image.exists():
             raise Failure(f"there is no file {image}: expected a picture")
-    from convmixer_edu.inference import predict
-    seen = predict(run, images, top)
-    if as_json:
+    from convmixer_edu.inference import predict_each
+    seen, bad = [], []
+    for image, best in predict_each(run, images, top):
+        (bad if isinstance(best, Exception) else seen).append((image, best))
+    if as_json and seen:
         print(json.dumps({"run": str(run), "predictions": [
             {"image": str(image), "classes": [
                 {"class": name, "probability": p} for name, p in best]}
-            for image, best in zip(images, seen)]}))
-    else:
+            for image, best in seen]}))
+    elif seen:
         _table([(str(image) if i == 0 else "", name, f"{100 * p:.1f} %")
-                for image, best in zip(images, seen)
+                for image, best in seen
                 for i, (name, p) in enumerate(best)])
+    for _, error in bad:
+        _say(error)
+    if bad:
+        raise typer.Exit(1)
 
 # %% ../nbs/11_command_line.ipynb #d52a02f0
 @app.command("export")
@@ -916,3 +935,7 @@ def compare_command(
     compare.print_record(record)
     if not record["complete"]:
         _say("there is more to measure: call again to go on")
+
+# %% ../nbs/11_command_line.ipynb #10ba3dee
+if __name__ == "__main__" and "__file__" in globals():  # not in a notebook
+    main()

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_SOURCE', 'CIFAR10_MEAN', 'CIFAR10_STD', 'ImageSet', 'stratified_index', 'split_holdout', 'open_image',
-           'read_image', 'resolve_source', 'load_images', 'book_source']
+           'read_image', 'resolve_source', 'expand', 'cache_folder', 'load_images', 'book_source']
 
 # %% ../nbs/04_data.ipynb #48d2db4f
 import hashlib
@@ -14,7 +14,7 @@ import threading
 import urllib.error
 import urllib.request
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from io import BytesIO
@@ -25,9 +25,12 @@ import torch
 from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import track
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+for _float in (np.float32, np.float64):  # before anyone flushes denormals,
+    np.finfo(_float)  # or numpy warns that the smallest number is zero
 
 # %% ../nbs/04_data.ipynb #9f5fc351
 @dataclass(frozen=True, eq=False)
@@ -163,11 +166,12 @@ def _to_rgb(image):
     return image.convert("RGB")
 
 # %% ../nbs/04_data.ipynb #0fde6208
-def open_image(file, name):
-    "A picture as Pillow's 8-bit RGB, upright; raises as `read_image` does."
+def open_image(file, name, upright=True):
+    "A picture as Pillow's 8-bit RGB; raises as `read_image` does."
     try:
         with Image.open(file) as image:
-            ImageOps.exif_transpose(image, in_place=True)
+            if upright:  # as the camera noted
+                ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {name}") from None
@@ -190,6 +194,7 @@ def read_image(
     image; both name it.
     """
     name = str(file) if name is None else name
+    file = file if hasattr(file, "read") else expand(file)
     return _to_tensor(open_image(file, name), size, channels)
 
 
@@ -215,11 +220,18 @@ def resolve_source(
     return os.fspath(chosen)
 
 
+def expand(path: str | os.PathLike) -> Path:
+    "A path with ~ as the home folder, where there is one."
+    with suppress(RuntimeError):  # a user without a home
+        return Path(path).expanduser()
+    return Path(path)
+
+
 def _kind(source):
     "'digits', 'folder' or 'hub'; FileNotFoundError when it is none of them."
     if source == "digits":
         return "digits"
-    folder = Path(source).expanduser()
+    folder = expand(source)
     if folder.is_dir():
         return "folder"
     if folder.exists():
@@ -248,13 +260,28 @@ def _digits(split, size):
     return _pick_split({"train": train, "test": test}, split, "digits")
 
 
+_TESTS = ("test", "val", "valid", "validation")  # what people call it
+
+
 def _pick_split(splits, split, source):
-    "The split asked for, or a ValueError that lists those there are."
-    if split not in splits:
-        there = ", ".join(sorted(splits)) or "none"
-        raise ValueError(f"{source} has no split {split!r}, expected one "
-                         f"of: {there}")
-    return splits[split]
+    "The split asked for or its like, or a ValueError that lists all."
+    if split in _TESTS:  # val stands in for test, but never test for val
+        names = [split, *_TESTS[1:]]
+        name = next((name for name in names if name in splits), split)
+        if name != split == "test":
+            _tell(f"{source} has no test split: {name} is taken for it")
+        split = name
+    if split in splits:
+        return splits[split]
+    there = ", ".join(sorted(splits)) or "none"
+    raise ValueError(f"{source} has no split {split!r}, expected one "
+                     f"of: {there}")
+
+
+@cache
+def _tell(sentence):
+    "Say a choice that was made for the user, once a process."
+    print(sentence, file=sys.stderr)
 
 # %% ../nbs/04_data.ipynb #398dbea7
 _CLUTTER = {"thumbs.db", "desktop.ini"}
@@ -286,26 +313,36 @@ def _class_files(folder):
 
 # %% ../nbs/04_data.ipynb #3a6a492f
 def _parts(folder):
-    "The folders train and test, or a ValueError that says what is missing."
-    parts = {p.name: p for p in _visible(folder) if p.is_dir()}
-    if not {"train", "test"} <= set(parts):
-        what = "holds neither" if _visible(folder) else "is empty"
+    "The folders train and test (or its like), each with its classes."
+    there = {p.name: p for p in _visible(folder) if p.is_dir()}
+    tests = [name for name in _TESTS if name in there]
+    if "train" not in there or not tests:
+        what = "lacks one of them" if _visible(folder) else "is empty"
         raise ValueError(f"folder {folder} {what}, expected parquet files, "
-                         "or the folders train and test with a folder of "
-                         "images for each class in both")
-    return {name: parts[name] for name in ("train", "test")}
+                         "or the folders train and test (or val) with a "
+                         "folder of images for each class in both")
+    return {name: there[name] for name in ("train", tests[0])}
 
 
-def _open_class_folders(folder, split):
-    "Rows of a folder with train/ and test/ of class folders."
+def _walk(folder, split):
+    "The files of each class of a split, or of a split of parquet files."
+    train = folder / "train"
+    inner = train.is_dir() and any(p.is_dir() for p in _visible(train))
+    tables = {} if inner else _parquet_files(folder)
+    if tables:
+        return {None: _pick_split(tables, split, folder), **tables}
     parts = _parts(folder)
     files = _class_files(_pick_split(parts, split, folder))
-    classes = {part: {p.name for p in _visible(parts[part]) if p.is_dir()}
-               for part in ("train", "test")}
-    differ = sorted(classes["train"] ^ classes["test"])
-    if differ:
+    train, test = ({p.name for p in _visible(part) if p.is_dir()}
+                   for part in parts.values())
+    if train ^ test:
         raise ValueError(f"the classes of train and test differ in {folder}: "
-                         f"only one of them has {', '.join(differ)}")
+                         f"only one has {', '.join(sorted(train ^ test))}")
+    return files
+
+
+def _open_class_folders(files):
+    "Rows of the files of each class."
     labels = [i for i, paths in enumerate(files.values()) for _ in paths]
     paths = [path for paths in files.values() for path in paths]
 
@@ -326,11 +363,13 @@ def _parquet_files(folder):
     return splits
 
 
-@contextmanager
-def _reading(file):
-    "Whatever pyarrow raises becomes a ValueError that names the file."
+def _read_parquet(file, do):
+    "do(the open file); what pyarrow raises becomes one ValueError."
+    from pyarrow.parquet import ParquetFile
+
     try:
-        yield
+        with ParquetFile(file) as table:
+            return do(table)
     except Exception as error:  # pyarrow has kinds of its own
         raise ValueError(f"{file} cannot be read as parquet: "
                          f"{_brief(error)}") from None
@@ -340,50 +379,38 @@ class _ParquetTable:
     "Pictures and labels in parquet files; pictures come by row group."
 
     def __init__(self, files, source, every):
-        from pyarrow.parquet import ParquetFile
-
         self.source, self.groups, sizes = source, [], [0]
         for file in files:
-            with _reading(file):
-                meta = ParquetFile(file).metadata
-            for g in range(meta.num_row_groups):
-                self.groups.append((file, g))
-                sizes.append(meta.row_group(g).num_rows)
-        with _reading(files[0]):
-            schema = ParquetFile(files[0]).schema_arrow
-        self.picture, self.label, names = _columns(schema, source)
+            meta = _read_parquet(file, lambda table: table.metadata)
+            self.groups += [(file, g) for g in range(meta.num_row_groups)]
+            sizes += [meta.row_group(g).num_rows
+                      for g in range(meta.num_row_groups)]
         self.starts, self.open = np.cumsum(sizes), None  # the group at hand
-        values = self._values(files)
+        schema = _read_parquet(files[0], lambda table: table.schema_arrow)
+        self.picture, self.label, names = _columns(schema, source)
         known = self._values(every) if names is None else []
-        self.labels, self.classes = _number(values, names, known)
+        self.labels, self.classes = _number(self._values(files), names, known)
 
     def _values(self, files):
         "The label column of some files, those without one left out."
-        from pyarrow.parquet import ParquetFile
+        def read(table):
+            if self.label not in table.schema_arrow.names:
+                return []
+            return table.read([self.label])[self.label].to_pylist()
 
-        values = []
-        for file in files:
-            with _reading(file):
-                table = ParquetFile(file)
-                if self.label in table.schema_arrow.names:
-                    column = table.read(columns=[self.label])[self.label]
-                    values += column.to_pylist()
-        return values
+        return [v for file in files for v in _read_parquet(file, read)]
 
     def __len__(self):
         return int(self.starts[-1])
 
     def __getitem__(self, i):
         "Row i as (what to call it, a binary file)."
-        from pyarrow.parquet import ParquetFile
-
         g = int(np.searchsorted(self.starts, i, side="right")) - 1
         if self.open is None or self.open[0] != g:
-            file, number = self.groups[g]
-            with _reading(file):
-                column = ParquetFile(file).read_row_group(
-                    number, columns=[self.picture])[self.picture]
-                self.open = g, column.to_pylist()
+            file, n = self.groups[g]
+            self.open = g, _read_parquet(file, lambda table: (
+                table.read_row_group(n, [self.picture])[self.picture]
+                .to_pylist()))
         name = f"image {i} of {self.source}"
         return name, _cell_file(self.open[1][i - self.starts[g]], name)
 
@@ -391,8 +418,9 @@ class _ParquetTable:
 def _number(values, names, known):
     "Labels as numbers, -1 for none, and the classes they count through."
     if names is None:  # a plain column: its values are the classes
-        known = {v for v in known if v is not None and v not in range(-9, 0)}
-        names = sorted(known)
+        known = {v for v in known if isinstance(v, str) or v is not None
+                 and v >= 0}
+        names = sorted(known, key=lambda v: (isinstance(v, str), v))
         place = {value: i for i, value in enumerate(names)}
         values = [place.get(v, -1) for v in values]
     labels = [-1 if v is None else v for v in values]
@@ -421,9 +449,9 @@ def _columns(schema, source):
     noted = {name: f.get("_type") for name, f in features.items()}
 
     def is_picture(kind):
-        inner = [f.name for f in kind] if types.is_struct(kind) else []
-        return ("bytes" in inner or types.is_binary(kind)
-                or types.is_large_binary(kind))
+        if types.is_struct(kind):
+            return "bytes" in [field.name for field in kind]
+        return types.is_binary(kind) or types.is_large_binary(kind)
 
     def is_label(kind):
         kind = kind.value_type if types.is_dictionary(kind) else kind
@@ -450,8 +478,8 @@ def _choose_column(names, what, there, source):
     chosen = next((n for n in usual if n in names), names[0])
     if len(names) > 1:
         rest = ", ".join(n for n in names if n != chosen)
-        print(f"{source}: {what}s are taken from column {chosen}, "
-              f"not from {rest}", file=sys.stderr)
+        _tell(f"{source}: {what}s are taken from column {chosen}, "
+              f"not from {rest}")
     return chosen
 
 # %% ../nbs/04_data.ipynb #bd47ba8e
@@ -481,17 +509,27 @@ def _hub_reachable(seconds=3.0):
     return bool(answers)
 
 
+def _datasets():
+    "The package that reads the Hub, or a ValueError where it is missing."
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError("a dataset on the Hugging Face Hub needs the package "
+                         "datasets: install it, or set CONVMIXER_DATA to a "
+                         "folder with the data, or to digits") from None
+    return datasets
+
+
 def _hub_cached(source):
     "Whether `datasets` keeps a copy of this Hub dataset."
-    import datasets
-
+    datasets = _datasets()
     folder = Path(datasets.config.HF_DATASETS_CACHE)
     return (folder / source.replace("/", "___")).is_dir()
 
 # %% ../nbs/04_data.ipynb #d0192ff2
 def _open_hub(source, split):
     "Rows of a dataset on the Hugging Face Hub."
-    import datasets
+    datasets = _datasets()
 
     if not _hub_cached(source) and not _hub_reachable():
         raise FileNotFoundError(
@@ -526,8 +564,7 @@ def _open_hub(source, split):
 
 def _hub_file(cell, name):
     "As `_cell_file`; a path may point into the Hub's own cache."
-    import datasets
-
+    datasets = _datasets()
     path = None if cell is None or cell["bytes"] else cell["path"]
     cache = Path(datasets.config.HF_CACHE_HOME).expanduser()
     if path and Path(path).is_relative_to(cache):
@@ -539,15 +576,13 @@ def _open(source, split):
     "(labels, classes, rows); rows(index) yields (name, file)."
     if _kind(source) == "hub":
         return _open_hub(source, split)
-    folder = Path(source).expanduser()
-    files = _parquet_files(folder)
-    if files:
-        chosen = _pick_split(files, split, folder)
-        every = [file for several in files.values() for file in several]
-        table = _ParquetTable(chosen, str(folder), every)
-        return (table.labels, table.classes,
-                lambda index: map(table.__getitem__, index.tolist()))
-    return _open_class_folders(folder, split)
+    files = _walk(expand(source), split)
+    if None not in files:
+        return _open_class_folders(files)
+    every = [file for several in files.values() for file in several]
+    table = _ParquetTable(files[None], source, every)
+    return (table.labels, table.classes,
+            lambda index: map(table.__getitem__, index.tolist()))
 
 # %% ../nbs/04_data.ipynb #b02ea67a
 _BAR_FROM = 5000  # fewer images are decoded before a bar could be read
@@ -592,41 +627,42 @@ def _read_source(source, split, size, limit):
 _DECODER = "1"  # raised whenever the same file would decode differently
 
 
-def _source_files(folder):
-    "Every file of the source, in a fixed order."
-    found = [f for files in _parquet_files(folder).values() for f in files]
-    if not found:
-        found = [f for part in _parts(folder).values()
-                 for f in part.rglob("*") if f.is_file()]
-    return sorted(found)
-
-
-def _state(source):
-    "What the source looks like now: a digest that changes when it does."
+def _state(source, split="train"):
+    "What a split looks like now: a digest that changes when it does."
     digest = hashlib.sha256(_DECODER.encode())
     if _kind(source) == "folder":
-        folder = Path(source).expanduser()
-        for file in _source_files(folder):
-            stat = file.stat()
-            name = file.relative_to(folder).as_posix()
-            digest.update(repr((name, stat.st_size,
-                                stat.st_mtime_ns)).encode())
+        folder = expand(source)
+        for files in _walk(folder, split).values():
+            for file in files:
+                stat, name = file.stat(), file.relative_to(folder).as_posix()
+                digest.update(repr((name, stat.st_size,
+                                    stat.st_mtime_ns)).encode())
     return digest.hexdigest()
+
+
+def cache_folder() -> Path | None:
+    "Where decoded images and the like are kept; None without a home."
+    folder = expand(os.environ.get("CONVMIXER_CACHE")
+                    or "~/.cache/convmixer_edu")
+    return None if folder.parts[:1] == ("~",) else folder
 
 
 def _cache_file(source, split, size):
     "Where the decoded split is kept."
-    root = os.environ.get("CONVMIXER_CACHE") or "~/.cache/convmixer_edu"
+    if cache_folder() is None:
+        return None
     if _kind(source) == "folder":
-        source = str(Path(source).expanduser().resolve())
+        source = str(expand(source).resolve())
     key = hashlib.sha256(repr((source, split, size)).encode()).hexdigest()
     slug = re.sub(r"[^\w.-]+", "-", source)[-40:].strip("-")
     name = f"{slug}-{split}-{key[:12]}.safetensors"
-    return Path(root).expanduser() / name
+    return cache_folder() / name
 
 # %% ../nbs/04_data.ipynb #e0781d52
 def _write_cache(file, data, state):
     "Keep a decoded split: written aside, flushed, then put in place."
+    if file is None:
+        return
     aside = file.with_name(f".{file.name}.{os.getpid()}")
     tensors = {"images": data.images, "labels": data.labels}
     note = {"fingerprint": data.fingerprint, "state": state,
@@ -637,7 +673,7 @@ def _write_cache(file, data, state):
         with open(aside, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(aside, file)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a disk that is full
         with suppress(OSError):
             aside.unlink()
         warnings.warn(f"the decoded images could not be kept in "
@@ -647,7 +683,7 @@ def _write_cache(file, data, state):
 # %% ../nbs/04_data.ipynb #5ffa3358
 def _read_cache(file, state):
     "The kept split; None if there is none, it is stale, or it is damaged."
-    if not file.exists():
+    if file is None or not file.exists():
         return None
     try:
         with safe_open(file, framework="pt") as kept:
@@ -675,11 +711,12 @@ def load_images(
     """Load a split of a dataset as one uint8 tensor.
 
     `source` is a Hub dataset (owner/name), a folder of parquet files, a
-    folder with train/ and test/ of class folders, or "digits". `limit`
-    takes a seeded subset in which every class keeps its share. Everything
-    but digits becomes RGB. A decoded split is kept in $CONVMIXER_CACHE
-    (default ~/.cache/convmixer_edu) and checked whenever it is read. Raises
-    FileNotFoundError or ValueError in one sentence (Sec. 3).
+    folder with train/ and test/ (or val/) of class folders, or "digits".
+    `limit` takes a seeded subset in which every class keeps its share.
+    Everything but digits becomes RGB. A decoded split is kept in
+    $CONVMIXER_CACHE (default ~/.cache/convmixer_edu) and checked whenever
+    it is read. Raises FileNotFoundError or ValueError in one sentence
+    (Sec. 3).
     """
     source = resolve_source(source)
     for name, value in {"limit": limit, "size": size}.items():
@@ -688,7 +725,7 @@ def load_images(
     if _kind(source) == "digits":
         data = _digits(split, size)
     else:
-        file, state = _cache_file(source, split, size), _state(source)
+        file, state = _cache_file(source, split, size), _state(source, split)
         data = _read_cache(file, state)
         if data is None:
             data = _read_source(source, split, size, limit)
@@ -718,5 +755,7 @@ def book_source() -> str:
 def _at_hand(source):
     "Whether a Hub dataset is decoded here, kept here or can be fetched."
     files = [_cache_file(source, split, None) for split in ("train", "test")]
-    return (all(file.exists() for file in files) or _hub_cached(source)
-            or _hub_reachable())
+    with suppress(ValueError):  # without `datasets` it cannot be fetched
+        return (all(file and file.exists() for file in files)
+                or _hub_cached(source) or _hub_reachable())
+    return False

@@ -297,6 +297,13 @@ def export_onnx(
         onnx_runner(draft), model, images, tolerance, "ONNX"))
 
 # %% ../nbs/P4_deploy.ipynb #97983da4
+def _load_exported(file):
+    "A .pt2 file as a function; torch remarks on buffers it only reads"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        return torch.export.load(file).module()
+
+
 def export_torch(
     model: nn.Module,  # images (B, c, H, W) -> logits; it is copied
     shape: tuple[int, int, int],  # of one image, (c, H, W)
@@ -319,8 +326,7 @@ def export_torch(
                 "notes.json": json.dumps(notes or {})})
 
     def check(draft):  # written a moment ago, by us
-        ask = torch.export.load(draft).module()
-        return _checked(ask, model, images, tolerance, "torch.export")
+        return _checked(_load_exported(draft), model, images, tolerance, "torch.export")
 
     return _into(file, write, check)
 
@@ -341,7 +347,7 @@ def latency(
             f"PyTorch, {best.choice}": best}
     for kind, file in (files or {}).items():
         ways[kind] = (onnx_runner(file) if kind == "ONNX Runtime" else
-                      torch.no_grad()(torch.export.load(file).module()))
+                      torch.no_grad()(_load_exported(file)))
     rows = []
     for count in counts:
         took = in_turn({way: lambda ask=ask: ask(images[:count])

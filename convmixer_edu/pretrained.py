@@ -10,6 +10,8 @@ import argparse
 import hashlib
 import json
 import os
+import re
+import tempfile
 import time
 import warnings
 from contextlib import suppress
@@ -29,9 +31,11 @@ from torch.utils.data import Dataset, IterableDataset
 
 from .checkpoint import (CheckpointError, read_checkpoint,
                                       write_checkpoint)
-from .data import (_class_files, _columns, _hub_file,
+from .data import (_TESTS, _class_files, _columns, _datasets,
+                                _hub_file,
                                 _hub_reachable, _kind, _parquet_files,
-                                _ParquetTable, _pick_split, open_image)
+                                _ParquetTable, _pick_split, _tell,
+                                cache_folder, expand, open_image)
 from .inference import choose_device
 from .model import variant
 from .recipe import Config
@@ -139,7 +143,7 @@ def _assemble(sizes, activation, tensors):
 
 # %% ../nbs/08_imagenet.ipynb #851c14c4
 _ACTIVATIONS = {nn.GELU: "gelu", nn.ReLU: "relu"}
-_ASIDE = ("global_pool", "head_drop")  # timm's names for what has no weights
+_ASIDE = ("global_pool", "pooling", "head_drop")  # these have no weights
 
 
 def _activation(layer):
@@ -204,7 +208,9 @@ def from_timm(
     if not isinstance(model, timms.ConvMixer):
         raise ValueError(f"the model is a {type(model).__name__}, expected "
                          "timm's ConvMixer")
-    pool, drop = model.global_pool.pool_type, model.head_drop.p
+    pooling = getattr(model, "pooling", None)  # until timm 1.0.30
+    pool = (pooling or model.global_pool).pool_type
+    drop = model.head_drop.p
     if pool not in ("avg", "fast") or drop:
         raise ValueError(f"the model has global_pool={pool!r} and drop_rate="
                          f"{drop}, expected 'avg' and 0")
@@ -246,7 +252,7 @@ def read_weights(
 
     No code in a file is ever run. Raises `CheckpointError` in one sentence
     for a file that is missing, damaged, or holds something else."""
-    file = Path(file)
+    file = expand(file)
     if not file.is_file():
         raise CheckpointError(f"there is no file {file}: expected weights, "
                               "as .safetensors or .pth")
@@ -311,12 +317,28 @@ def _said_beside(file):
     return note.get("architecture") if isinstance(note, dict) else None
 
 
+_WRAPPINGS = (  # averaged weights first, as in timm
+    "state_dict_ema", "model_ema", "ema_state_dict", "ema", "state_dict",
+    "model_state_dict", "model", "net", "module")
+_BEGINS = re.compile(r"^(module\.|_orig_mod\.|model\.|net\.)+")
+
+
+def _may_hold(found):
+    "Whether something in a file is weights, or has them inside"
+    return isinstance(found, dict) and any(
+        isinstance(value, Tensor) or key in _WRAPPINGS
+        for key, value in found.items())
+
+
 def _unwrap(found, file):
     "The named tensors inside what training scripts put around them"
     said = None
-    for key in ("state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            said, found = found.get("arch"), found[key]
+    while isinstance(found, dict) and (inner := [
+            key for key in _WRAPPINGS if _may_hold(found.get(key))]):
+        if len(inner) > 1:
+            _tell(f"{file} holds weights as {', '.join(inner)}: {inner[0]} "
+                  "is taken")
+        said, found = found.get("arch") or said, found[inner[0]]
     if not isinstance(found, dict) or not found or not all(
             isinstance(t, Tensor) and t.layout == torch.strided
             for t in found.values()):
@@ -324,7 +346,7 @@ def _unwrap(found, file):
                               "tensors, alone or as its 'state_dict'")
     tensors = {}
     for key, tensor in found.items():
-        key = str(key).removeprefix("module.").removeprefix("_orig_mod.")
+        key = _BEGINS.sub("", str(key))
         dtype = torch.float32 if tensor.is_floating_point() else None
         # copied, lest it be a view of a file that may change
         tensors[key] = tensor.to(dtype=dtype, copy=True)
@@ -426,6 +448,11 @@ def targets(
         "as n01440764, or by number")
 
 # %% ../nbs/08_imagenet.ipynb #6b45c77c
+def _open(file, name):
+    "A picture lying as it was stored: so the accuracies were taken"
+    return open_image(file, name, upright=False)
+
+
 class _Files(Dataset):
     "Pictures in files; timm's loader sets `transform`"
     transform = None
@@ -438,7 +465,7 @@ class _Files(Dataset):
 
     def __getitem__(self, i):
         file, label = self.rows[i]
-        return self.transform(open_image(file, file)), label
+        return self.transform(_open(file, file)), label
 
 
 class _TableRows(Dataset):
@@ -455,7 +482,7 @@ class _TableRows(Dataset):
 
     def __getitem__(self, i):
         name, file = self.table[i + self.first]
-        return (self.transform(open_image(file, name)),
+        return (self.transform(_open(file, name)),
                 self.numbers[i + self.first])
 
 
@@ -471,7 +498,7 @@ class _Rows(IterableDataset):
         for i, row in enumerate(self.table.skip(self.first), self.first):
             file = _hub_file(row[self.picture], f"image {i}")
             number = _known(i, row[self.label], self.numbers)
-            yield self.transform(open_image(file, f"image {i}")), number
+            yield self.transform(_open(file, f"image {i}")), number
 
 
 def _known(i, label, numbers):
@@ -491,14 +518,17 @@ class _Source:
     start: object  # (first, the network's number of each class): a Dataset
 
 
+_SPLITS = {"train", *_TESTS}
+
+
 def _folder_source(folder, split):
     "A folder of class folders, or such in val/ or validation/"
-    inside = [folder / name for name in (split, {"validation": "val"}.get(
-        split, split)) if (folder / name).is_dir()]
-    if not inside and (folder / "train").is_dir():
+    parts = {p.name: p for p in folder.iterdir() if p.name in _SPLITS}
+    if split not in parts and "train" in parts and not set(parts) - {"train"}:
         raise ValueError(f"{folder} has no {split}: give --split or the "
                          "folder with the classes in it")
-    files = _class_files(inside[0] if inside else folder)
+    files = _class_files(_pick_split(parts, split, folder) if parts
+                         else folder)
     rows = [(str(file), i) for i, several in enumerate(files.values())
             for file in several]
     if not rows:
@@ -524,12 +554,11 @@ def _parquet_source(splits, source, split):
 
 def _hub_source(source, split):
     "A dataset on the Hub, row by row"
-    import datasets  # slow to import
-
     mark = f"{source} {split}"
     if not _hub_reachable():
         raise ValueError(f"{source} is no folder here and the Hugging Face "
                          "Hub cannot be reached: give a folder")
+    datasets = _datasets()
     try:
         table = datasets.load_dataset(source, split=split, streaming=True)
     except Exception as error:  # datasets' and the Hub's kinds
@@ -555,7 +584,7 @@ def _find_source(source, split):
                          "images, or a dataset on the Hub")
     if _kind(source) == "hub":
         return _hub_source(source, split)
-    folder = Path(source).expanduser()
+    folder = expand(source)
     files = _parquet_files(folder)
     if files:
         return _parquet_source(files, source, split)
@@ -615,8 +644,7 @@ def _progress(name, model, source, split, settings):
     for tensor in model.state_dict().values():
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8)
                       .numpy())
-    root = os.environ.get("CONVMIXER_CACHE") or "~/.cache/convmixer_edu"
-    folder = Path(root).expanduser() / "evaluations"
+    folder = (cache_folder() or Path(tempfile.gettempdir())) / "evaluations"
     return folder / f"{name}-{digest.hexdigest()[:16]}.safetensors"
 
 

@@ -334,6 +334,102 @@ def test_predict_tells_people(trained, tmp_path):
     assert all(re.search(r"\d\s+\d+\.\d %$", line) for line in lines)
 
 
+def test_predict_takes_a_folder_and_goes_on_after_a_bad_picture(trained, tmp_path):
+    for name in ("b/2.png", "b/1.png", "a.jpg", ".thumbs/0.png"):
+        picture(tmp_path / "album" / name)
+    (tmp_path / "album" / "bad.png").write_text("I am a picture")
+    (tmp_path / "album" / "notes.txt").write_text("I am not")
+    code, out, err = call(f"predict {trained} album --json")
+    told = json.loads(out)["predictions"]
+    assert [t["image"] for t in told] == ["album/a.jpg", "album/b/1.png", "album/b/2.png"]
+    assert code == 1 and err.startswith("convmixer: album/bad.png is not an image") and len(err.splitlines()) == 1
+    (tmp_path / "album" / "bad.png").unlink()
+    assert len(works(f"predict {trained} album --top 1").splitlines()) == 3
+    (tmp_path / "none").mkdir()
+    fails(f"predict {trained} none", "none holds no picture")
+
+
+def test_predict_keeps_a_batch_in_memory(trained, tmp_path, monkeypatch):
+    """A thousand pictures take no more memory than a batch: at no time are more read than answered."""
+    from convmixer_edu import inference
+    open_now, most = [0], [0]
+    original, answer = inference.read_image, inference._answer
+
+    def read(*words):
+        open_now[0] += 1
+        most[0] = max(most[0], open_now[0])
+        return original(*words)
+
+    def answered(model, info, top, pictures):
+        open_now[0] -= len(pictures)
+        return answer(model, info, top, pictures)
+
+    monkeypatch.setattr(inference, "read_image", read)
+    monkeypatch.setattr(inference, "_answer", answered)
+    paths = [picture(tmp_path / f"{i}.png") for i in range(10)]
+    alone = [best for path in paths for best in inference.predict(trained, [path])]
+    most[0] = 0
+    together = [best for _, best in inference.predict_each(trained, paths, batch_size=4)]
+    assert most[0] == 4
+    for one, other in zip(alone, together, strict=True):
+        assert [n for n, _ in one] == [n for n, _ in other]
+
+
+@pytest.mark.parametrize("words", ["-h", "train -h", "predict --help"])
+def test_help_may_be_asked_for_shortly(words):
+    assert "Usage: convmixer" in works(words)
+
+
+@pytest.mark.parametrize("module", ["convmixer_edu", "convmixer_edu.cli"])
+def test_the_package_is_the_command(module):
+    done = subprocess.run([sys.executable, "-m", module, "--version"], env=offline(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"convmixer {__version__}\n", "")
+
+
+def test_the_model_can_be_imported_from_the_package_and_the_import_stays_light():
+    script = "import sys, convmixer_edu; print('torch' in sys.modules); from convmixer_edu import ConvMixer; print(ConvMixer.__name__)"
+    done = subprocess.run([sys.executable, "-c", script], env=offline(), capture_output=True, text=True)
+    assert done.stdout == "False\nConvMixer\n" and not done.stderr
+
+
+def test_info_needs_no_timm():
+    script = "import sys; sys.modules['timm'] = None; from convmixer_edu.cli import main; main(['info', '--dim', '8', '--depth', '2'])"
+    done = subprocess.run([sys.executable, "-c", script], env=offline(), capture_output=True, text=True)
+    assert done.returncode == 0 and "parameters" in done.stdout, done.stderr
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(trained, tmp_path, monkeypatch):
+    """A shell leaves the ~ of --out=~/run, and of any quoted path."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(trained, tmp_path / "run")
+    picture(tmp_path / "one.png")
+    assert works("predict '~/run' '~/one.png' --top 1")
+    assert json.loads(works(f"train --out=~/other {TINY} --epochs 1 --json".replace("--epochs 2", "")))["run"] == str(tmp_path / "other")
+
+
+def test_a_folder_that_a_desktop_has_looked_into_is_still_empty(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".DS_Store").write_text("x")
+    assert cli._check_folder(tmp_path / "run", False) is None
+    (tmp_path / "run" / "notes.txt").write_text("x")
+    with pytest.raises(cli.Failure, match="run is not empty"):
+        cli._check_folder(tmp_path / "run", False)
+
+
+def test_class_names_on_a_terminal_of_ascii(tmp_path):
+    class_folders(tmp_path / "d", train=("gr\u00fcn", "\u7f8a"), test=("gr\u00fcn", "\u7f8a"))
+    works(f"train --out run --data d {TINY} --json".replace("--preset digits", "--preset quick"))
+    ascii_only = offline(PYTHONIOENCODING="ascii", LC_ALL="C", CONVMIXER_CACHE=str(tmp_path / "cache"))
+    done = subprocess.run([PROGRAM, "predict", "run", "d/train/gr\u00fcn/0.png"], env=ascii_only, capture_output=True)
+    assert done.returncode == 0 and b"gr\\xfcn" in done.stdout and b"\\u7f8a" in done.stdout, done.stderr
+
+
+def test_pictures_of_several_sizes_are_told_in_the_words_of_the_command(tmp_path):
+    class_folders(tmp_path / "d")
+    picture(tmp_path / "d" / "train" / "cat" / "odd.png", size=(9, 9))
+    fails(f"train --out run --data d {TINY}".replace("--preset digits", "--preset quick"), "odd.png", "--set image_size=")
+
+
 # ---------------------------------------------------------------- wrong use
 
 
@@ -494,9 +590,8 @@ def test_weights_that_were_changed(trained, tmp_path):
 
 def test_pictures_that_are_none(trained, tmp_path):
     Path("text.png").write_text("no picture")
-    fails(f"predict {trained} text.png", "text.png is not an image")
+    fails(f"predict {trained} text.png", "text.png is not an image", code=1)
     fails(f"predict {trained} {picture(tmp_path / 'good.png')} gone.png", "no file gone.png")
-    fails(f"predict {trained} {tmp_path}", "no file")
 
 
 def test_data_that_do_not_fit_the_model(trained, tmp_path):

@@ -91,8 +91,9 @@ def test_the_work_is_counted_as_timm_and_as_pytorch_count_it(network, size):
     assert abs(work.timms / 1e9 - row.gmacs) <= 0.0051
     assert abs(work.parameters / 1e6 - row.param_count_m) <= 0.0051
     if not network.startswith("cait"):  # many small operations: slow, and nothing new
+        model = compare._without_values(network).eval()
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            timm.create_model(network).eval()(torch.empty(1, 3, size, size))
+            model(torch.empty(1, 3, size, size))
         assert 2 * work.macs == counter.get_total_flops()
 
 

@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT
 from huggingface_hub import constants
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
@@ -423,6 +424,17 @@ def test_book_source(monkeypatch, capsys, tmp_path):
     assert book_source() == str(tmp_path) and not capsys.readouterr().out
 
 
+def test_without_the_package_datasets_the_hub_is_out_of_reach(monkeypatch, capsys):
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "_hub_reachable", lambda: True)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="needs the package datasets: install it, or set CONVMIXER_DATA"):
+        load_images("someone/something")
+    monkeypatch.delenv("CONVMIXER_DATA", raising=False)
+    monkeypatch.setenv("CONVMIXER_CACHE", "no/such/folder")
+    assert book_source() == "digits" and "out of reach" in capsys.readouterr().out
+
+
 def test_an_unreachable_hub_is_noticed_quickly(monkeypatch):
     monkeypatch.undo()
     reachable = data._hub_reachable.__wrapped__
@@ -545,7 +557,7 @@ def test_one_clear_sentence(tmp_path, kind):
     assert "\n" not in message and not cache_files(tmp_path)
 
 
-@pytest.mark.parametrize("source", ["nowhere", "./no/where", "~nobody/x/y"])
+@pytest.mark.parametrize("source", ["nowhere", "./no/where", "~nobody-of-that-name/x/y"])
 def test_no_such_source(source):
     with pytest.raises(FileNotFoundError, match="expected a folder, a Hub dataset written owner/name, or digits"):
         load_images(source)
@@ -557,6 +569,65 @@ def test_unknown_split(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="has no split 'validation', expected one of: test, train"):
         load_images(source, "validation")
+
+
+@pytest.mark.parametrize("other", ["val", "valid", "validation"])
+@pytest.mark.parametrize("kind", ["folders", "parquet"])
+def test_a_validation_split_stands_in_for_test_and_it_is_said(tmp_path, capsys, kind, other):
+    if kind == "folders":
+        class_folders(tmp_path / "d", {"train": 3, other: 2})
+    else:
+        parquet(tmp_path / "d", "train.parquet", n=9)
+        parquet(tmp_path / "d", f"{other}.parquet", n=6)
+    assert len(load_images(tmp_path / "d")) == 9 and not capsys.readouterr().err
+    assert len(load_images(tmp_path / "d", "test")) == 6
+    assert capsys.readouterr().err == f"{tmp_path / 'd'} has no test split: {other} is taken for it\n"
+    assert len(load_images(tmp_path / "d", "validation")) == 6
+
+
+def test_test_is_never_taken_for_validation(tmp_path):
+    class_folders(tmp_path / "d", {"train": 3, "test": 2})
+    with pytest.raises(ValueError, match="no split 'val'"):
+        load_images(tmp_path / "d", "val")
+
+
+def test_a_parquet_file_among_pictures_is_named(tmp_path):
+    class_folders(tmp_path / "d")
+    (tmp_path / "d" / "train" / "cat" / "boxes.parquet").write_text("x")
+    with pytest.raises(ValueError, match="boxes.parquet is not an image"):
+        load_images(tmp_path / "d")
+
+
+def test_linked_class_folders_are_read_and_watched(tmp_path):
+    """A change behind a link is a change: key and reading walk the folder alike."""
+    class_folders(tmp_path / "real")
+    for split in ("train", "test"):
+        (tmp_path / "d" / split).mkdir(parents=True)
+        for name in ("cat", "dog", "owl"):
+            (tmp_path / "d" / split / name).symlink_to(tmp_path / "real" / split / name)
+    before = load_images(tmp_path / "d")
+    Image.new("RGB", (6, 6), (1, 2, 3)).save(tmp_path / "real" / "train" / "cat" / "0.png")
+    after = load_images(tmp_path / "d")
+    assert after.images[0].flatten(1)[:, 0].tolist() == [1, 2, 3] and after.fingerprint != before.fingerprint
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    class_folders(tmp_path / "d")
+    assert len(load_images("~/d")) == 12
+    assert read_image("~/d/train/cat/0.png").shape == (3, 6, 6)
+
+
+def test_without_a_home_nothing_is_kept_and_all_is_read(tmp_path, monkeypatch):
+    """No HOME and a user without a name: a container, a service."""
+    class_folders(tmp_path / "d")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("CONVMIXER_CACHE")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(load_images(tmp_path / "d")) == 12
+    assert data.cache_folder() is None
 
 
 # ---------------------------------------------------------------- the cache
@@ -660,13 +731,14 @@ def test_splits_and_sizes_have_their_own_files(kept, tmp_path):
     assert load_images(folder, size=4).images.shape[2:] == (4, 4)
 
 
-def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+@pytest.mark.parametrize("place, kind", [("os.replace", OSError), ("save_file", SafetensorError)])
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, place, kind):
     class_folders(tmp_path / "pets")
 
     def full(*_, **__):
-        raise OSError("no space left on device")
+        raise kind("no space left on device")
 
-    monkeypatch.setattr(data.os, "replace", full)
+    monkeypatch.setattr(f"convmixer_edu.data.{place}", full)
     with pytest.warns(UserWarning, match="could not be kept in .* no space left"):
         assert len(load_images(tmp_path / "pets")) == 12
     assert not cache_files(tmp_path)

@@ -1,21 +1,19 @@
 """The six lines against timm's ConvMixer, the published format, and wrong use."""
 import copy
-import importlib
 import inspect
 import io
-import warnings
+import subprocess
+import sys
 
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.layers import LayerNorm2d
 from timm.models.convmixer import ConvMixer as TimmConvMixer
-from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn import functional as F
 
-import convmixer_edu.model as model_module
-from convmixer_edu.model import (PAPER_MODELS, ConvMixer, PatchEmbedding, Residual, check_sizes,
+from convmixer_edu.model import (NORMS, ConvMixer, PatchEmbedding, Residual, check_sizes,
                                  unit)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -201,82 +199,28 @@ def test_patch_embedding_is_a_strided_convolution():
     assert layer(x).shape == (2, 5, 2, 3)
 
 
-def entry_name(size):
-    return "convmixer_edu_{}_{}".format(*size)
+def test_the_model_needs_torch_alone():
+    code = "import sys, convmixer_edu.model; print(*(m for m in ('timm', 'torchvision', 'datasets') if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
 
 
-def test_every_model_of_the_papers_tables_is_registered():
-    assert sorted(timm.list_models("convmixer_edu*")) == sorted(map(entry_name, PAPER_MODELS))
-    assert len(PAPER_MODELS) == 17
-    assert set(map(entry_name, PAPER_MODELS)) <= set(model_module.__all__)
-    assert all(hasattr(model_module, name) for name in model_module.__all__)
+def test_layer_norm_over_channels_is_timms():
+    ours, theirs = NORMS["layer2d"](6), LayerNorm2d(6)
+    torch.nn.init.normal_(ours.weight), torch.nn.init.normal_(ours.bias)
+    theirs.load_state_dict(ours.state_dict())
+    x = 3*torch.randn(2, 6, 4, 5) + 1
+    assert torch.allclose(ours(x), theirs(x), atol=1e-6)
+    assert ours.eps == theirs.eps
 
 
-@pytest.mark.parametrize("size", list(PAPER_MODELS), ids=entry_name)
-def test_registered_defaults_are_the_tables(size):
-    k, p, data = PAPER_MODELS[size]
-    with torch.device("meta"):
-        model = timm.create_model(entry_name(size))
-        expected = ConvMixer(*size, k, p, data["num_classes"])
-    assert {n: w.shape for n, w in model.state_dict().items()} == {
-        n: w.shape for n, w in expected.state_dict().items()}
-    assert model.num_classes == data["num_classes"] == model.pretrained_cfg["num_classes"]
-    assert model.num_features == size[0]
-    config = timm.data.resolve_model_data_config(model)
-    imagenet = data["num_classes"] == 1000
-    assert config["interpolation"] == "bicubic"
-    assert config["input_size"] == ((3, 224, 224) if imagenet else (3, 32, 32))
-    assert config["crop_pct"] == (0.96 if imagenet else 1.0)
-    names = dict(model.named_modules())
-    assert isinstance(names[model.pretrained_cfg["classifier"]], nn.Linear)
-    assert isinstance(names[model.pretrained_cfg["first_conv"]], PatchEmbedding)
-
-
-def test_sizes_of_a_registered_model_can_be_chosen():
-    model = timm.create_model("convmixer_edu_128_4", kernel_size=5, patch_size=4, num_classes=3,
-                              in_chans=1)
-    assert model[3][0].fn[0].kernel_size == (5, 5) and model[0].kernel_size == (4, 4)
-    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
-    assert model.num_classes == 3
-
-
-def test_timms_scripts_can_create_and_save_a_registered_model(tmp_path):
-    # the arguments that timm's train.py, validate.py and benchmark.py pass along
-    model = timm.create_model(
-        "convmixer_edu_128_4", pretrained=False, in_chans=None, num_classes=None, drop_rate=0.0,
-        drop_path_rate=None, drop_block_rate=None, global_pool="fast", bn_momentum=None,
-        bn_eps=None, scriptable=False, checkpoint_path="")
-    create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=1e-2)
-    torch.save(model.state_dict(), tmp_path/"last.pth.tar")
-    again = timm.create_model("convmixer_edu_128_4", checkpoint_path=str(tmp_path/"last.pth.tar"))
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(),
-                                                 again.state_dict().values()))
-
-
-@pytest.mark.parametrize("wrong, named", [(dict(drop_rate=0.1), "drop_rate.*0.1"),
-                                          (dict(global_pool="max"), "global_pool.*max"),
-                                          (dict(num_classes=0), "num_classes.*0"),
-                                          (dict(kernel_size=-9), "kernel_size.*-9")])
-def test_what_a_registered_model_cannot_do_is_named(wrong, named):
-    with pytest.raises(ValueError, match=named):
-        timm.create_model("convmixer_edu_128_4", **wrong)
-
-
-def test_there_are_no_pretrained_weights_and_timm_says_so():
-    with pytest.raises(RuntimeError, match="pretrained"):
-        timm.create_model("convmixer_edu_128_4", pretrained=True)
-
-
-def test_importing_twice_does_not_warn():
-    first = dict(vars(model_module))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            importlib.reload(model_module)
-        assert vars(model_module)["PatchEmbedding"] is not PatchEmbedding
-        assert timm.create_model("convmixer_edu_128_4").num_classes == 10
-    finally:
-        vars(model_module).update(first)  # the other tests hold the first classes
+@pytest.mark.parametrize("freeze", [torch.jit.script, torch.fx.symbolic_trace])
+def test_frozen_it_still_names_an_image_smaller_than_a_patch(freeze):
+    model = ConvMixer(8, 2, 5, 4, 10).eval()
+    frozen, x = freeze(model), torch.randn(2, 3, 8, 8)
+    assert torch.equal(frozen(x), model(x))
+    with pytest.raises(Exception, match="3 x 8 pixels, less than one patch of 4 x 4"):
+        frozen(x[:, :, :3])
 
 
 @pytest.mark.parametrize("kernel_size", [5, 8])

@@ -18,6 +18,9 @@ import warnings
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
@@ -31,6 +34,7 @@ from torch import nn
 
 from convmixer_edu import cli, pretrained
 from convmixer_edu.checkpoint import CheckpointError, read_checkpoint
+from convmixer_edu.data import read_image
 from convmixer_edu.inference import load_run, predict
 from convmixer_edu.model import ConvMixer, variant
 from convmixer_edu.pretrained import (PUBLISHED, Tally, evaluate_pretrained, fetch_weights, find_published, finetune_config,
@@ -720,18 +724,19 @@ def test_a_note_that_does_not_belong_is_not_used(photographs, weights, monkeypat
 
 
 def parquet(photographs, folder, names=SYNSETS, rows=None, label=True):
-    """The photographs as two parquet files, in the layout of `datasets`."""
-    import datasets
+    """The photographs as two parquet files, with the note that the Hub's files carry."""
     files = [(file, i) for i, name in enumerate(SYNSETS) for file in sorted((photographs / "val" / name).iterdir())][:rows]
-    columns = {"image": [{"bytes": file.read_bytes(), "path": None} for file, _ in files]}
-    kinds = {"image": datasets.Image()}
+    struct = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    columns = {"image": pa.array([{"bytes": file.read_bytes(), "path": None} for file, _ in files], struct)}
+    features = {"image": {"_type": "Image"}}
     if label:
-        columns["label"], kinds["label"] = [i for _, i in files], datasets.ClassLabel(names=list(names))
+        columns["label"] = pa.array([i for _, i in files], pa.int64())
+        features["label"] = {"names": list(names), "_type": "ClassLabel"}
+    table = pa.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     folder.mkdir()
-    table = datasets.Dataset.from_dict(columns, datasets.Features(kinds))
     half = len(table) // 2
-    for i, part in enumerate((range(half), range(half, len(table)))):
-        table.select(part).to_parquet(folder / f"validation-{i:05}-of-00002.parquet")
+    for i, part in enumerate((table[:half], table[half:])):
+        pq.write_table(part, folder / f"validation-{i:05}-of-00002.parquet", row_group_size=3)
     return folder
 
 
@@ -749,7 +754,7 @@ def test_rows_are_judged_like_files(photographs, weights, monkeypatch, tmp_path,
 
 
 def test_a_dataset_on_the_hub_is_streamed(photographs, weights, monkeypatch, tmp_path):
-    import datasets
+    datasets = pytest.importorskip("datasets", reason="the Hub is read by `datasets`")
     table = parquet(photographs, tmp_path / "table")
     load = datasets.load_dataset
 
@@ -1004,3 +1009,47 @@ def test_finetune_from_a_terminal(two_photos, weights):
     assert told["images"] == 10
     _, err = convmixer("train", "--resume", "--out", "run", "--finetune", "convmixer_768_32", code=2)
     assert "start (convmixer_1024_20 there, convmixer_768_32 now)" in err
+
+
+# ---------------------------------------------------------------- what others wrap around weights
+
+
+def begin(prefix, tensors):
+    return {prefix + key: tensor for key, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda t: {"state_dict": begin("model.", t), "epoch": 3},  # Lightning
+    lambda t: begin("_orig_mod.module.", t), lambda t: begin("module._orig_mod.", t), lambda t: begin("net.", t),
+    lambda t: {"model_state_dict": t, "epoch": 1}, lambda t: {"net": t, "acc": 90.0},
+    lambda t: {"model": {"state_dict": t}}, lambda t: {"state_dict": t, "ema": {"decay": 0.99}},
+], ids=["lightning", "compiled DDP", "DDP compiled", "net.", "model_state_dict", "net", "two deep", "no weights as ema"])
+def test_usual_wrappings_are_taken_off(tmp_path, capsys, wrap):
+    tensors = ConvMixer(8, 1, 3, 4, 10).state_dict()
+    torch.save(wrap(tensors), tmp_path / "c.pth")
+    found, _ = read_weights(tmp_path / "c.pth")
+    assert found.keys() == tensors.keys() and all(torch.equal(found[k], tensors[k]) for k in tensors)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["state_dict_ema", "model_ema", "ema"])
+def test_averaged_weights_are_taken_and_it_is_said(tmp_path, capsys, name):
+    raw, averaged = (ConvMixer(8, 1, 3, 4, 10).state_dict() for _ in range(2))
+    torch.save({"state_dict": raw, name: averaged, "epoch": 3}, tmp_path / "c.pth.tar")
+    found, _ = read_weights(tmp_path / "c.pth.tar")
+    assert torch.equal(found["0.weight"], averaged["0.weight"])
+    assert capsys.readouterr().err.endswith(f"weights as {name}, state_dict: {name} is taken\n")
+
+
+def test_sixteen_bits_look_to_the_evaluation_as_they_do_to_predict(tmp_path):
+    ramp = np.tile(np.arange(64, dtype=np.uint16) * 1000, (64, 1))
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    theirs = np.asarray(pretrained._open(tmp_path / "ramp.png", "x")).transpose(2, 0, 1)
+    assert np.array_equal(theirs, read_image(tmp_path / "ramp.png").numpy()) and theirs.max() < 250
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_the_folder_of_the_validation_images_has_any_usual_name(tmp_path, name):
+    (tmp_path / name / "n01440764").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / name / "n01440764" / "0.png")
+    assert pretrained._find_source(tmp_path, "validation").count == 1

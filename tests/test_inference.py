@@ -1,0 +1,21 @@
+"""Which device a model runs on when nobody says."""
+
+import pytest
+import torch
+
+from convmixer_edu.inference import choose_device
+
+
+@pytest.mark.parametrize("cuda, mps, chosen", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+def test_a_gpu_is_taken_if_there_is_one(monkeypatch, cuda, mps, chosen):
+    """CUDA is asked first, then Apple's; what was chosen is tried before it is given back."""
+    tried = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: tried.append(device.type))
+    assert choose_device().type == chosen and tried == [chosen]
+
+
+def test_a_device_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="device 'mps' cannot be used here .*: try cpu"):
+        choose_device("mps")
