@@ -231,7 +231,7 @@ def imagenet_flags(
 # %% ../nbs/06d_scaling.ipynb #6fa3f522
 TIMM_RUNNER = '''\
 "timm's train.py, with our models and the paper's schedule"
-import convmixer_edu.model  # puts the models into timm's registry
+import convmixer_edu.registry  # our models for timm
 import convmixer_edu.recipe
 import train  # timm's, in the same folder
 from timm.scheduler.scheduler import Scheduler

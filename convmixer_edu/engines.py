@@ -18,16 +18,9 @@ from torchvision import transforms
 from .augment import Augment, Kernels
 from .checkpoint import keyed_generator
 from .data import ImageSet
+from .distributed import own_rows
 
 # %% ../nbs/05b_engines.ipynb #send0001
-def _own_rows(size, rank, world):
-    "A process's rows of a batch; the partner of each, size-1-i, is there."
-    if world == 1:
-        return torch.arange(size)
-    first = torch.arange(size // 2)[rank::world]
-    return torch.cat([first, size - 1 - first.flip(0)])
-
-
 class _Packing:
     "How the draws of a step travel: all of them in one buffer."
 
@@ -43,7 +36,7 @@ class _Packing:
     ) -> Tensor:  # float32 (K, b) on the CPU, pinned for a GPU; b: own rows
         "All that a step needs to know, in one buffer."
         g = keyed_generator(self.seed, 2, epoch, step)
-        own = np.from_dlpack(_own_rows(len(index), self.rank, self.world))
+        own = np.from_dlpack(own_rows(len(index), self.rank, self.world))
         parts = self._draw(len(index), g)
         parts["index"] = np.from_dlpack(index)[None]
         packed = torch.empty(sum(self.sizes.values()), len(own),
@@ -219,7 +212,7 @@ class Timm(Engine):
 
         Mixing and erasing happen on the device, by the same functions."""
         steps = list(steps)
-        own = [index[_own_rows(len(index), self.rank, self.world)]
+        own = [index[own_rows(len(index), self.rank, self.world)]
                for _, index in steps]
         self.names[:] = [[(epoch, i) for i in rows.tolist()] for rows in own]
         for (step, index), images in zip(steps, self.loader):

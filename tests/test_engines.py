@@ -17,7 +17,8 @@ from convmixer_edu import engines
 from convmixer_edu.augment import Augment, mix, normalize
 from convmixer_edu.checkpoint import keyed_generator
 from convmixer_edu.data import ImageSet
-from convmixer_edu.engines import ENGINES, Batched, Timm, _own_rows, make_engine, pil_transform
+from convmixer_edu.distributed import own_rows
+from convmixer_edu.engines import ENGINES, Batched, Timm, make_engine, pil_transform
 from convmixer_edu.recipe import PRESETS, augmentation
 
 MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.25, 0.3)
@@ -89,7 +90,7 @@ def test_processes_make_their_rows_of_one_batch(data, name, recipe, world, monke
     monkeypatch.setattr(engines._Pictures, "_one", lambda self, *key: made.append(key) or one(self, *key))
     seen = []
     for rank in range(world):
-        engine, rows = make(name, data, recipe, rank=rank, world=world), _own_rows(24, rank, world)
+        engine, rows = make(name, data, recipe, rank=rank, world=world), own_rows(24, rank, world)
         assert torch.equal(23 - rows.flip(0), rows)  # partners, mirrored in here too
         (x, y), = engine.batches(1, [(step, index)])
         assert torch.equal(x, whole[rows]) and torch.equal(y, targets[rows])

@@ -257,7 +257,7 @@ def test_the_papers_flags_train_two_steps_by_timms_pieces(imagenet):
 
 
 def test_the_papers_model_is_in_timms_registry():
-    import convmixer_edu.model  # noqa: F401
+    import convmixer_edu.registry  # noqa: F401
     with torch.device("meta"):
         model = create_model(d.IMAGENET_FLAGS["model"][0])
     assert sum(p.numel() for p in model.parameters()) == 51_625_960
@@ -328,8 +328,10 @@ def alone(tmp_path_factory):
 
 def same_run(one, other, out, other_out):
     """The same losses at every step, weights, and counts to the image."""
-    assert losses(one).keys() == losses(other).keys() == set(range(1, STEPS + 1))
-    assert max(abs(losses(one)[step] - losses(other)[step]) for step in losses(one)) < 1e-5
+    assert losses(one).keys() == set(range(1, STEPS + 1))
+    told = losses(other).keys()  # several processes ask each other now and then, and at the end of an epoch
+    assert {STEPS // 3, 2 * STEPS // 3, STEPS} <= told < losses(one).keys()
+    assert max(abs(losses(one)[step] - losses(other)[step]) for step in told) < 1e-5
     weights, weights_too = (read_checkpoint(f / "model.safetensors")[0] for f in (out, other_out))
     assert weights.keys() == weights_too.keys()
     assert all(torch.allclose(weights[k].float(), weights_too[k].float(), atol=1e-3) for k in weights)
@@ -384,7 +386,7 @@ def test_errors_reach_all_and_a_batch_must_be_shared_equally(alone, tmp_path):
     told = ends(runs(2, alone[1]))
     assert [t[-1].split(": ")[0].endswith("is not empty") for t in told] == [True, True]
     for t in ends(runs(3, tmp_path / "run")):
-        assert "batch of 64 images cannot be shared by 3 processes" in t[-1]
+        assert "batch of 64 images cannot be shared by 3 processes in pairs" in t[-1]
     assert not (tmp_path / "run").exists()
 
 
