@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch loads, as the package does
 ROOT = Path(__file__).resolve().parent.parent
 FIRST, LAST = ["test_notebooks"], ["test_chapters", "test_book", "test_package"]
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 from multiprocessing import forkserver
 from unittest.mock import patch
 
@@ -32,6 +33,10 @@ class Process:
                 yield self.told.recv()
             except (EOFError, ConnectionResetError):
                 return
+
+    def pause(self):
+        """Hold it where it is, until it is ended by SIGKILL."""
+        os.kill(self.process.pid, signal.SIGSTOP)
 
     def end(self, number=None):
         """Send a signal if one is given and it still runs, wait for the end; return what was told since, and the exit code."""
