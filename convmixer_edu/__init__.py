@@ -1,4 +1,4 @@
-__version__ = "0.1.0"
+__version__ = "0.1.0.dev0"
 
 import os as _os
 import sys as _sys

@@ -17,6 +17,7 @@ import prose
 from browser import browser_page, find_browser
 from bs4 import BeautifulSoup
 from conftest import ROOT, environment, real_data
+from first_cell import reference
 from nbdev.config import get_config
 
 from convmixer_edu.anatomy import count_macs
@@ -152,7 +153,7 @@ def test_symbols_are_the_names_in_the_code():
 def test_colab_button_leads_to_the_notebook(built, page):
     config = get_config(path=ROOT)
     wanted = (f"https://colab.research.google.com/github/{config.user}/{config.repo}"
-              f"/blob/{config.branch}/{page}.ipynb")
+              f"/blob/{reference(config)}/{page}.ipynb")
     found = {link["href"] for link in soup(page).select("a[href*='colab.research.google.com']")}
     assert found == {wanted}
 

@@ -16,13 +16,14 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, offline, untracked
+from first_cell import colab_links, reference
 from nbdev.config import get_config
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 CONFIG = get_config(path=ROOT)
-DEVELOPMENT = ["nbdev", "fastcore", "execnb", "IPython", "ipykernel", "jupyter_core", "sphinx", "pytest"]
+DEVELOPMENT = ["nbdev", "fastcore", "execnb", "ipykernel", "jupyter_core", "sphinx", "pytest"]
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +104,7 @@ def test_wheel_holds_the_package_and_its_results(wheel):
     assert {name.split("/")[0] for name in names} == {"convmixer_edu", f"convmixer_edu-{CONFIG.version}.dist-info"}
     results = [path for path in (ROOT / "results").rglob("*") if path.is_file()]
     wanted = {f"convmixer_edu/results/{path.relative_to(ROOT / 'results').as_posix()}" for path in results}
-    wanted |= {f"convmixer_edu/{path.name}" for kind in ("*.py", "*.csv") for path in (ROOT / "convmixer_edu").glob(kind)}
+    wanted |= {f"convmixer_edu/{path.name}" for kind in ("*.py", "*.csv", "py.typed") for path in (ROOT / "convmixer_edu").glob(kind)}
     assert results and wanted <= names
 
 
@@ -160,11 +161,14 @@ def test_settings_are_the_same_everywhere():
     assert book["author"] == CONFIG.author
     assert book["title"] == CONFIG.title == citation["title"]
     assert book["copyright"] == CONFIG.copyright
-    assert book["repository"] == {"url": CONFIG.git_url, "branch": CONFIG.branch}
+    assert book["repository"] == {"url": CONFIG.git_url, "branch": reference(CONFIG)}
     assert book["html"]["baseurl"] == home == citation["url"]
     assert citation["repository-code"] == CONFIG.git_url
     assert citation["version"] == CONFIG.version
-    assert f"## {CONFIG.version}" in (ROOT / "CHANGELOG.md").read_text("utf8")
+    heading = CONFIG.version.replace(".dev0", " (under way)")
+    assert f"\n## {heading}\n" in (ROOT / "CHANGELOG.md").read_text("utf8")
+    links = colab_links((ROOT / "README.md").read_text("utf8"))
+    assert links and set(links) == {(f"{CONFIG.user}/{CONFIG.repo}", reference(CONFIG))}, "run python tools/first_cell.py"
 
 
 def test_no_other_address_of_the_project():
