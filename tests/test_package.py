@@ -35,6 +35,7 @@ def wheel(tmp_path_factory):
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, folder / "source"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "would be ignored" not in done.stdout + done.stderr
     (path,) = folder.glob("*.whl")
     return path
 
