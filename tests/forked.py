@@ -43,7 +43,7 @@ class Process:
         if number is not None and self.process.is_alive():
             os.kill(self.process.pid, number)
         rest = list(self)
-        self.process.join(120)
+        self.process.join(3600)  # a guard, no promise
         return rest, self.process.exitcode
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, offline, untracked
+from conftest import HOUR, ROOT, offline, untracked
 from first_cell import colab_links, reference
 from nbdev.config import get_config
 from packaging.markers import default_environment
@@ -33,7 +33,7 @@ def wheel(tmp_path_factory):
     left_out = shutil.ignore_patterns(".*", "_build", "build", "dist", "runs", "data", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, folder / "source", ignore=left_out)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, folder / "source"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HOUR)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "would be ignored" not in done.stdout + done.stderr
     (path,) = folder.glob("*.whl")
@@ -85,7 +85,7 @@ def environment(wheel, metadata, tmp_path_factory):
                     link.symlink_to(path)
     install = [sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "install", "--quiet",
                "--no-index", wheel]
-    done = subprocess.run(install, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(install, capture_output=True, text=True, timeout=HOUR)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -95,7 +95,7 @@ def use(environment, *command, folder):
     clean = {name: value for name, value in offline().items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
     clean["PATH"] = os.defpath
     done = subprocess.run([environment / "bin" / command[0], *command[1:]], cwd=folder, env=clean,
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=HOUR)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 

@@ -5,9 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, offline
+from conftest import HOUR, ROOT, offline
 
-HOUR = 3600  # a guard against hanging, no promise
 WINDOWS = """
 import importlib, os, signal, sys
 from pathlib import Path

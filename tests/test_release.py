@@ -8,11 +8,10 @@ import sys
 import pytest
 import yaml
 from check_release import problems
-from conftest import ROOT
-from first_cell import first_cell, reference, write
-from nbdev.config import get_config
+from conftest import HOUR, ROOT, environment
+from first_cell import first_cell, reference, settings, write
 
-CONFIG = get_config(path=ROOT)
+CONFIG = settings(ROOT)
 FILES = ["settings.ini", "CITATION.cff", "CHANGELOG.md", "README.md", "_config.yml"]
 FIVE_LINES = '''from convmixer_edu.model import ConvMixer
 from convmixer_edu.data import load_images
@@ -39,16 +38,16 @@ def released(tmp_path):
     for name in ("settings.ini", "CITATION.cff", "convmixer_edu/__init__.py"):
         edit(tmp_path / name, CONFIG.version, "3.1.4")
     edit(tmp_path / "CHANGELOG.md", f"## {CONFIG.version.replace('.dev0', ' (under way)')}", "## 3.1.4")
-    assert len(write(tmp_path, get_config(path=tmp_path))) > 30
+    assert len(write(tmp_path, settings(tmp_path))) > 30
     return tmp_path
 
 
 def test_a_release_agrees_and_running_the_tool_again_changes_nothing(released):
     assert problems("v3.1.4", released) == []
-    assert write(released, get_config(path=released)) == []
+    assert write(released, settings(released)) == []
     cells = json.loads((released / "nbs" / "03_anatomy.ipynb").read_text("utf8"))["cells"]
-    assert "".join(cells[1]["source"]) == first_cell(get_config(path=released))
-    assert "convmixer-edu==3.1.4" in first_cell(get_config(path=released))
+    assert "".join(cells[1]["source"]) == first_cell(settings(released))
+    assert "convmixer-edu==3.1.4" in first_cell(settings(released))
 
 
 @pytest.mark.parametrize(("name", "old", "new", "told"), [
@@ -86,7 +85,7 @@ def test_a_version_under_way_installs_the_branch_and_is_no_release():
 
 def test_the_command_says_what_is_wrong():
     command = [sys.executable, ROOT / "tools" / "check_release.py", "v99.0.0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HOUR)
     assert done.returncode == 1 and "the tag is v99.0.0, settings.ini says" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -110,6 +109,7 @@ def test_types_are_for_users_too(tmp_path):
     pytest.importorskip("mypy", reason="mypy is not installed: pip install mypy, and the types are checked too")
     (tmp_path / "user.py").write_text(FIVE_LINES)
     command = [sys.executable, "-m", "mypy", "--follow-imports=silent", "--cache-dir", tmp_path / "cache", "user.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=3600)
+    done = subprocess.run(command, cwd=tmp_path, env=environment(MYPYPATH=ROOT), capture_output=True, text=True,
+                          timeout=HOUR)
     assert done.returncode == 0, done.stdout + done.stderr
     assert 'note: Revealed type is "torch._tensor.Tensor"' in done.stdout

@@ -11,21 +11,20 @@ import sys
 from pathlib import Path
 
 import yaml
-from first_cell import colab_links, first_cell, is_first
-from nbdev.config import get_config
+from first_cell import colab_links, first_cell, is_first, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def problems(tag, root=ROOT):
     """Return what is wrong with a tag, in sentences."""
-    config, found = get_config(path=root), []
+    config, found = settings(root), []
     version, again = config.version, "run python tools/first_cell.py"
     if not re.fullmatch(r"v\d+\.\d+\.\d+", tag):
         found.append(f"the tag is {tag!r}: expected v and three numbers, such as v0.1.0")
     if tag != f"v{version}":
         found.append(f"the tag is {tag}, settings.ini says version = {version}: change one of them")
-    (told,) = re.findall(r'^__version__ = "(.+)"', (root / config.lib_path.name / "__init__.py").read_text("utf8"), re.M)
+    (told,) = re.findall(r'^__version__ = "(.+)"', (root / config.lib_path / "__init__.py").read_text("utf8"), re.M)
     if told != version:
         found.append(f"the package calls itself {told}, settings.ini {version}: run nbdev_export")
     cited = str(yaml.safe_load((root / "CITATION.cff").read_text("utf8"))["version"])

@@ -9,11 +9,18 @@ because `%pip` prints an error and goes on: so an installation that failed fails
 
 import json
 import re
+from configparser import ConfigParser
 from pathlib import Path
-
-from nbdev.config import get_config
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def settings(root):
+    """Return what settings.ini says there; nbdev's own function prefers the one in the working directory."""
+    parser = ConfigParser(delimiters="=")
+    parser.read_string((root / "settings.ini").read_text("utf8"))
+    return SimpleNamespace(**parser["DEFAULT"])
 
 
 def reference(config):
@@ -27,13 +34,12 @@ def first_cell(config):
         package = f'("{config.git_url}/archive/"\n               "refs/heads/{config.branch}.zip")'
     else:
         package = f'"{config.lib_name}=={config.version}"'
-    module = config.lib_path.name
     return f"""#| hide
 import sys
 if "google.colab" in sys.modules:
     package = {package}
     %pip install -q --no-deps {{package}}
-import {module}"""
+import {Path(config.lib_path).name}"""
 
 
 def is_first(source):
@@ -72,4 +78,4 @@ def replace(path, text):
 
 
 if __name__ == "__main__":
-    print(*write(ROOT, get_config(path=ROOT)), sep="\n")
+    print(*write(ROOT, settings(ROOT)), sep="\n")
