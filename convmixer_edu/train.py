@@ -284,11 +284,14 @@ def _loop(run: Run, report, stop, seconds):
 
 
 def _stop(run, total, stop):
-    "Say what a stopped run can do"
-    why = f" by signal {stop[0]}" if stop else ""
+    "Say what a stopped run can do; all processes say the same"
+    why, number = "", None
+    if any_of(bool(stop)):  # perhaps another one got the signal
+        number = stop[0] if stop else int(signal.SIGTERM)
+        why = f" by signal {number}"
     error = Stopped(f"stopped{why} after step {run.done} of {total}: go on "
                     "with --resume")
-    error.number = stop[0] if stop else None
+    error.number = number
     raise error
 
 # %% ../nbs/06_training.ipynb #7c7d2e2b
