@@ -197,7 +197,8 @@ class Run:
         self.done = 0  # steps done since the run began
         self.seconds = 0.0  # spent training, over all parts of the run
         self.metrics = []  # one record an epoch
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        self.loss_sum = torch.zeros((), dtype=exact, device=device)
         self.asked = None  # a loss on its way from the GPU
         self.given, self.step = _stepper(self)
 
@@ -501,7 +502,8 @@ def _open_folder(c, source, out, data, resume, device):
     if resume and not note.exists():
         raise ValueError(f"{out} holds no run to go on with: config.json is "
                          "missing, start without --resume")
-    if not resume and out.exists() and any(out.iterdir()):
+    if not resume and out.exists() and any(
+            f.name[0] != "." for f in out.iterdir()):  # .DS_Store is none
         raise ValueError(f"{out} is not empty: go on with it (--resume) or "
                          "choose another folder")
     record = _setup_record(c, source, data, _statistics(c, data))
