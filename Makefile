@@ -1,4 +1,4 @@
-# make book | test | serve | bench | gpu: each makes .venv first where it is missing or out of date.
+# make book | test | serve | bench | contract | gpu: each makes .venv first where it is missing or out of date.
 PYTHON ?= python3
 PORT ?= 8000
 BIN := .venv/bin
@@ -6,8 +6,10 @@ PY := $(BIN)/python
 READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# threads that wait give way on a busy machine, see nbs/06_training
+export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help setup book test serve bench gpu clean
+.PHONY: help setup book test serve bench contract gpu clean
 
 help:
 	@echo "make setup   the environment in .venv, from requirements.lock"
@@ -15,6 +17,7 @@ help:
 	@echo "make test    everything that is checked"
 	@echo "make serve   the book on http://localhost:$(PORT)"
 	@echo "make bench   the speed of a training step, to _build/bench.json"
+	@echo "make contract  every chapter with Colab's versions, from the wheel (LOWER=1: the oldest versions); gigabytes"
 	@echo "make gpu     the evidence on a GPU, in MINUTES=12, to gpu/; goes on where it was"
 	@echo "make clean   remove what was built, .venv excepted"
 
@@ -41,6 +44,9 @@ serve: book
 
 bench: $(READY)
 	@$(PY) tools/bench.py
+
+contract: $(READY)
+	@$(PY) tools/contract.py $(if $(LOWER),--lower)
 
 gpu: $(READY)
 	@$(PY) tools/gpu.py --minutes $(or $(MINUTES),12)

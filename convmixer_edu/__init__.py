@@ -1,4 +1,11 @@
-__version__ = "0.1.0"
+__version__ = "0.1.0.dev0"
+
+import os as _os
+import sys as _sys
+
+if "torch" not in _sys.modules and "OMP_WAIT_POLICY" not in _os.environ:
+    # read when torch loads: threads that wait give way on a busy machine, see nbs/06_training
+    _os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def __getattr__(name):

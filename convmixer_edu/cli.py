@@ -540,7 +540,7 @@ def _train(config, source, out, resume, device, mirror, watch, files, args,
 # %% ../nbs/11_command_line.ipynb #4155f34b
 def _show_run(out, record):
     "What a run gave, for people"
-    c = record["config"]
+    c, most = record["config"], record["peak_memory_mb"]  # None on Windows
     _table([
         ("test accuracy", f"{record['test_accuracy']:.2f} % of "
          f"{record['test_images']:,} images"),
@@ -550,7 +550,7 @@ def _show_run(out, record):
          f"{_clock(record['seconds'])}"),
         ("speed", f"{record['images_per_second']:,.0f} images/s in "
          f"{record['precision']}"),
-        ("memory", f"{record['peak_memory_mb']:,} MB at most"),
+        *([("memory", f"{most:,} MB at most")] if most else []),
         ("device", record["device"]),
         ("folder", str(out))])
 

@@ -53,7 +53,7 @@ def score(
     model: nn.Module,
     data: ImageSet,
     stats: Statistics,
-    batch_size: int = 500,
+    batch_size: int = 500,  # halved as often as memory is short
     dtype: torch.dtype = torch.float32,  # to multiply in
 ) -> dict:
     """Accuracy in per cent, mean loss, confusion, images a second
@@ -66,10 +66,17 @@ def score(
     loss = torch.zeros((), dtype=wide, device=device)
     confusion = torch.zeros(n * n, dtype=torch.int64, device=device)
     start = time.perf_counter()
-    own = shard(torch.arange(len(data)), rank(), world())
-    for index in own.split(batch_size):
-        y = data.labels[index].to(device)
-        logits = _logits(model, data.images[index], stats, dtype)
+    todo = shard(torch.arange(len(data)), rank(), world())
+    while len(todo):
+        index = todo[:batch_size]
+        try:
+            logits = _logits(model, data.images[index], stats, dtype)
+        except (MemoryError, RuntimeError) as error:
+            if len(index) == 1 or not _short_of_memory(error):
+                raise
+            batch_size = len(index) // 2
+            continue
+        todo, y = todo[batch_size:], data.labels[index].to(device)
         loss += F.cross_entropy(logits, y, reduction="sum")
         confusion += torch.bincount(y * n + logits.argmax(1), minlength=n * n)
     loss, confusion = all_sum(loss), all_sum(confusion)
@@ -80,6 +87,13 @@ def score(
             "loss": float(loss) / len(data),
             "confusion": confusion.view(n, n).tolist(),
             "images_per_second": round(len(data) / seconds, 1)}
+
+
+def _short_of_memory(error):
+    "Whether fewer images at a time may help: CUDA's error, or the CPU's"
+    cpu = "not enough memory", "can't allocate memory"
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        words in str(error) for words in cpu)
 
 
 def _logits(model, images, stats, dtype):

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import metadata
 from pathlib import Path
@@ -24,7 +24,7 @@ from .ablate import (ARMS, CONTRASTS, Contrast, Estimate,
                                   accuracies, arms, baseline, changes, config,
                                   estimate, judge, measured, records, run_as)
 from .anatomy import count_macs
-from .checkpoint import write_atomically
+from .checkpoint import claimed, write_atomically
 from .claims import claim
 from .data import load_images, resolve_source
 from .ledger import keep, recorded
@@ -103,24 +103,6 @@ def _one(task, out, source, device, report):
     keep(run, task.name, command, into=out/task.scale)
     shutil.rmtree(run)
 
-# %% ../nbs/B2_sweep.ipynb #f0bede89
-@contextmanager
-def _claimed(file):
-    "Whether this process may work on a task; the system frees a dead one's"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows: one process at a time, then
-        yield True
-        return
-    with open(file, "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        yield True
-
 # %% ../nbs/B2_sweep.ipynb #cdcbeaa3
 def work(
     tasks: list[Task],
@@ -136,6 +118,7 @@ def work(
     Several processes may do this with one folder. Stopped or killed, it
     goes on where it was. Raises what `train` raises."""
     out = Path(out)
+    (out/"work").mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + seconds if seconds else None
 
     def watch(event):  # whether train shall save, and stop
@@ -146,7 +129,7 @@ def work(
         for task in waiting:
             if end and time.monotonic() > end:
                 return False
-            with _claimed(out/"work"/f"{task.scale}-{task.name}.lock") as own:
+            with claimed(out/"work"/f"{task.scale}-{task.name}.lock") as own:
                 if not own or task not in left([task], out):
                     continue
                 try:

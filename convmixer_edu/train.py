@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoint import (collect, keyed_generator, latest,
-                                      open_mirror, read_checkpoint,
+from .checkpoint import (claimed, collect, keyed_generator,
+                                      latest, open_mirror, read_checkpoint,
                                       read_json, restore, save_step, sweep,
                                       write_atomically, write_checkpoint)
 from .data import (ImageSet, load_images, resolve_source,
-                                split_holdout)
+                                split_holdout, stratified_index)
 from .depthwise import choose_method, fast_depthwise
 from .distributed import (all_sum, any_of, from_main, is_main,
                                        parallel, rank, setup,
@@ -403,7 +403,8 @@ def _end_epoch(run: Run, report, epoch):
 def _score(run, data):
     "How good the network is; compiling it anew for that would not pay"
     with torch.compiler.set_stance("force_eager"):
-        return score(run.model, data, run.stats, dtype=run.dtype)
+        return score(run.model, data, run.stats, min(500, run.batch),
+                     run.dtype)
 
 # %% ../nbs/06_training.ipynb #b940ba34
 def _write_metrics(run: Run):
@@ -431,6 +432,7 @@ def train(
     the same weights, bit for bit on a CPU. It stops, with a checkpoint, at
     SIGTERM, when `seconds` are over, or when `report` returns something
     true. Raises `ValueError` for data or a folder that cannot be used,
+    or that another process trains in,
     `Stopped` when it was stopped and `Diverged` for a loss that is no
     number."""
     device, out = choose_device(setup(device)), Path(out)
@@ -443,14 +445,15 @@ def train(
     if aside:
         data, held = split_holdout(data, aside)
     _check_share(min(config.batch_size, len(data)))
-    run = _open_run(config, source, out, data, held, resume, device, mirror,
-                    first)
-    if (out / "run.json").exists():
-        from_main(lambda: _sweep_finished(run))
-        return read_json(out / "run.json")
-    with stop_signal() as stop:
-        _loop(run, report, stop, seconds)
-    return _finish(run, test, report)
+    with ExitStack() as until_the_end:  # or an error: frees the folder
+        run = _open_run(config, source, out, data, held, resume, device,
+                        mirror, first, until_the_end)
+        if (out / "run.json").exists():
+            from_main(lambda: _sweep_finished(run))
+            return read_json(out / "run.json")
+        with stop_signal() as stop:
+            _loop(run, report, stop, seconds)
+        return _finish(run, test, report)
 
 
 def _check_share(batch):
@@ -481,19 +484,33 @@ def _check_data(c, data, test):
                          f"images ({height} x {width}): make it smaller")
 
 # %% ../nbs/06_training.ipynb #7b5b3d7a
-def _open_run(c, source, out, data, held, resume, device, mirror, first):
+def _open_run(c, source, out, data, held, resume, device, mirror, first,
+              until_the_end):
     "A new folder, or the one that is there, checked and picked up"
+    claim = lambda: _claim(out, until_the_end)
+    begun = from_main(lambda: resume and (out / "config.json").exists())
+    if begun:  # before anything in it is touched
+        from_main(claim)
     follow = mirror and from_main(
         lambda: open_mirror(Path(mirror), out, resume))
     first = _first_weights(c, out, data, first)
     old = from_main(lambda: _open_folder(c, source, out, data, resume,
                                          device))
+    if not begun:  # there is a folder now
+        from_main(claim)
     run = Run(c, out, data, held, device, Choice(**old["choice"]),
               old["depthwise"])
     run.mirror = follow
     if not (resume and _load(run)) and first is not None:
         _begin(run, first)
     return run
+
+
+def _claim(out, until_the_end):
+    "Keep a second process out of a run's folder"
+    if not until_the_end.enter_context(claimed(out / ".lock")):
+        raise ValueError(f"{out} is being trained by another process: wait "
+                         "for its end or stop it")
 
 
 def _open_folder(c, source, out, data, resume, device):
@@ -633,9 +650,8 @@ def _finish(run: Run, test, report):
         write_checkpoint(run.out / "model.safetensors", weights,
                          {"kind": "weights"})
     seen = _score(run, test)
-    few = dataclasses.replace(run.data, images=run.data.images[:10_000],
-                              labels=run.data.labels[:10_000])
-    own = _score(run, few)
+    few = stratified_index(run.data.labels.cpu(), min(10_000, len(run.data)))
+    own = _score(run, run.data.subset(few))
     record = {
         "test_accuracy": round(seen["accuracy"], 3),
         "test_loss": round(seen["loss"], 5), "test_images": len(test),

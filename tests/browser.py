@@ -46,7 +46,7 @@ class Page:
             raise RuntimeError(f"{method}: {answer['error']['message']}")
         return answer["result"]
 
-    def receive(self, seconds=60):
+    def receive(self, seconds=3600):
         """Return the browser's next message."""
         deadline = time.monotonic() + seconds
         while b"\0" not in self.buffer:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch loads, as the package does
 ROOT = Path(__file__).resolve().parent.parent
+HOUR = 3600  # seconds: a guard against what hangs, out of reach of a machine that is only busy
 FIRST, LAST = ["test_notebooks"], ["test_chapters", "test_book", "test_package"]
 
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 from multiprocessing import forkserver
 from unittest.mock import patch
 
@@ -33,12 +34,16 @@ class Process:
             except (EOFError, ConnectionResetError):
                 return
 
+    def pause(self):
+        """Hold it where it is, until it is ended by SIGKILL."""
+        os.kill(self.process.pid, signal.SIGSTOP)
+
     def end(self, number=None):
         """Send a signal if one is given and it still runs, wait for the end; return what was told since, and the exit code."""
         if number is not None and self.process.is_alive():
             os.kill(self.process.pid, number)
         rest = list(self)
-        self.process.join(120)
+        self.process.join(3600)  # a guard, no promise
         return rest, self.process.exitcode
 
 

@@ -16,7 +16,8 @@ import yaml
 import prose
 from browser import browser_page, find_browser
 from bs4 import BeautifulSoup
-from conftest import ROOT, environment, real_data
+from conftest import HOUR, ROOT, environment, real_data
+from first_cell import reference
 from nbdev.config import get_config
 
 from convmixer_edu.anatomy import count_macs
@@ -38,7 +39,7 @@ def built():
     data = {"CONVMIXER_DATA": source} if (source := real_data()) else {}
     tool = Path(sys.executable).with_name("jupyter-book")
     command = [tool, "build", "-W", "-n", "--keep-going", "--all", "."]
-    done = subprocess.run(command, cwd=ROOT, env=environment(**data), text=True, timeout=1500,
+    done = subprocess.run(command, cwd=ROOT, env=environment(**data), text=True, timeout=HOUR,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout[-6000:]
     return done.stdout
@@ -152,7 +153,7 @@ def test_symbols_are_the_names_in_the_code():
 def test_colab_button_leads_to_the_notebook(built, page):
     config = get_config(path=ROOT)
     wanted = (f"https://colab.research.google.com/github/{config.user}/{config.repo}"
-              f"/blob/{config.branch}/{page}.ipynb")
+              f"/blob/{reference(config)}/{page}.ipynb")
     found = {link["href"] for link in soup(page).select("a[href*='colab.research.google.com']")}
     assert found == {wanted}
 

@@ -9,10 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, offline
+from conftest import HOUR, ROOT, offline
 from exercise_cells import exercises, with_answers
 
-SECONDS = 300
 CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
 
 
@@ -26,7 +25,7 @@ def run(path, folder):
     return subprocess.run(
         [tool, "--path", f"nbs/{path.name}", "--n_workers", "0", "--do_print"], cwd=folder,
         env=offline(CONVMIXER_CACHE=folder / "cache", OMP_NUM_THREADS=1), capture_output=True, text=True,
-        timeout=SECONDS,
+        timeout=HOUR,
     )
 
 
@@ -42,7 +41,7 @@ def test_chapter_runs(path, running):
     try:
         done = running[path].result()
     except subprocess.TimeoutExpired:
-        pytest.fail(f"{path.name} did not end within {SECONDS} s")
+        pytest.fail(f"{path.name} did not end within an hour")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "Success" in done.stdout + done.stderr
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import offline
+from conftest import HOUR, offline
 from PIL import Image
 
 from convmixer_edu import __version__, anatomy, checkpoint, cli
@@ -99,20 +99,22 @@ def test_help_needs_nothing_heavy():
     heavy = {"torch", "timm", "torchvision", "datasets", "rich", "numpy", "PIL"}
     script = f"import sys\ntry:\n from convmixer_edu.cli import main\n main(['--help'])\nfinally:\n" \
              f" print(sorted({heavy} & set(sys.modules)), file=sys.stderr)"
-    started = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    before = os.times()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=HOUR)
     assert done.returncode == 0 and done.stderr.strip() == "[]"
     assert all(word in done.stdout for word in ("train", "evaluate", "predict", "info", "--version"))
-    assert time.monotonic() - started < 10  # seconds; importing torch alone would take them
+    after = os.times()
+    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    assert spent < 10  # seconds of a processor, however busy it is; importing torch alone would take them
 
 
 def test_program_is_plain_even_where_colours_are_forced():
     env = offline(FORCE_COLOR=1, GITHUB_ACTIONS="true", PY_COLORS=1, COLUMNS=100)
-    helped = subprocess.run([PROGRAM, "train", "--help"], env=env, capture_output=True, text=True, timeout=60)
+    helped = subprocess.run([PROGRAM, "train", "--help"], env=env, capture_output=True, text=True, timeout=HOUR)
     assert helped.returncode == 0 and "\x1b" not in helped.stdout and not helped.stderr
     assert all(option in helped.stdout for option in (
         "--preset", "--data", "--out", "--resume", "--epochs", "--seed", "--device", "--set", "--json"))
-    wrong = subprocess.run([PROGRAM, "trian"], env=env, capture_output=True, text=True, timeout=60)
+    wrong = subprocess.run([PROGRAM, "trian"], env=env, capture_output=True, text=True, timeout=HOUR)
     assert wrong.returncode == 2 and not wrong.stdout
     assert len(wrong.stderr.splitlines()) == 1 and "\x1b" not in wrong.stderr
 
@@ -206,7 +208,7 @@ def steps_saved(folder):
 
 def wait_for(process, folder, step):
     """Wait until a running process has saved a step."""
-    until = time.monotonic() + 120
+    until = time.monotonic() + HOUR
     while steps_saved(folder) < step:
         assert process.poll() is None and time.monotonic() < until, (step, process.poll())
         time.sleep(0.002)
@@ -228,7 +230,7 @@ def on_a_terminal(*words):
         while some := os.read(master, 4096):
             seen += some
     os.close(master)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=HOUR)
     return process.returncode, out, seen.decode()
 
 
@@ -245,7 +247,7 @@ def test_killed_and_resumed_it_is_the_same_run(tmp_path):
     process = start(*shlex.split(f"train --out moved {recipe} --set mixup=0.5 --set erase=0.2"))
     wait_for(process, tmp_path / "moved", step)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=HOUR)
     assert process.returncode == -signal.SIGKILL and step <= steps_saved(tmp_path / "moved") < 120
     code, out, seen = on_a_terminal("train", "--resume", "--out", "moved", "--json")
     assert code == 0 and len(out.splitlines()) == 1 and json.loads(out)["steps"] == 120
@@ -788,7 +790,7 @@ def test_a_sweep_stopped_by_a_signal_says_how_to_go_on(tmp_path):
                                stderr=subprocess.PIPE, text=True)
     first = process.stdout.readline()
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HOUR)
     assert first.startswith("1 of 440  baseline, seed 0")
     # between two runs there is nothing to save: the signal ends it as it would any program
     assert process.returncode == -signal.SIGTERM or (

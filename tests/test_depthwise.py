@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import HOUR
 from torch import nn
 
 from convmixer_edu import depthwise
@@ -215,7 +216,7 @@ def test_without_triton_the_library_steps_in(monkeypatch):
 
 def run(script, **environment):
     """A script in a process of its own; what it printed last, as JSON."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=600,
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=HOUR,
                           env={**os.environ, **environment}, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

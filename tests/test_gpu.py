@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import gpu
 import pytest
 import torch
-from conftest import ROOT, offline
+from conftest import HOUR, ROOT, offline
 
 from convmixer_edu import speed
 from convmixer_edu.ledger import recorded
@@ -40,7 +40,7 @@ def test_the_queue_killed_and_resumed_leaves_every_record(tmp_path):
     first.wait()
     kept = (out / "light25" / "light25-seed0" / "record.json").read_bytes()
     second = start(out)
-    told = second.communicate(timeout=900)[0].splitlines()
+    told = second.communicate(timeout=HOUR)[0].splitlines()
     assert second.returncode == 0 and told[-1] == "left: nothing", told
     assert {f"{part}: done before" for part in ("kernels", "settings", "profile")} <= set(told)
     assert not any("light25-seed0" in line for line in told)
@@ -56,7 +56,7 @@ def test_the_queue_killed_and_resumed_leaves_every_record(tmp_path):
         tar.extractall(tmp_path, filter="data")
     assert merge([tmp_path / "arms"], tmp_path / "merged") == 3
     third = start(out)
-    assert third.communicate(timeout=60)[0].splitlines()[-1] == "left: nothing"
+    assert third.communicate(timeout=HOUR)[0].splitlines()[-1] == "left: nothing"
 
 
 def test_the_parts_fit_into_twelve_minutes_and_the_last_takes_the_rest():

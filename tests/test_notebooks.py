@@ -10,14 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import HOUR, ROOT
+from first_cell import first_cell, settings
 from prose import cells
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-INSTALL = """#| hide
-import sys
-if "google.colab" in sys.modules:
-    %pip install -q --no-deps convmixer-edu"""
 BANNED = {
     r"import \*": "a star import hides where a name comes from",
     r"allow_errors|raises-exception": "a cell that may fail teaches nothing",
@@ -35,7 +32,7 @@ def run_on_copy(folder, tool):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     shutil.copy(ROOT / "settings.ini", folder)
     tool = Path(sys.executable).with_name(tool)
-    done = subprocess.run([tool], cwd=folder, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([tool], cwd=folder, capture_output=True, text=True, timeout=HOUR)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -77,7 +74,7 @@ def test_form_of_a_chapter(path):
     first = notebook["cells"][0]
     assert first["cell_type"] == "markdown" and "".join(first["source"]).startswith("# ")
     start = [source for source in cells(path)[:2] if not source.startswith("#| default_exp")]
-    assert start[0] == INSTALL, "the first cell that runs installs the package in Colab"
+    assert start[0] == first_cell(settings(ROOT)), "run python tools/first_cell.py"
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook["cells"])
     wide = [line for source in cells(path) for line in source.split("\n")  # a caption is no code
             if len(line) > 80 and not line.startswith("#| fig-cap:")]

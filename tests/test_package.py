@@ -15,14 +15,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, offline, untracked
+from conftest import HOUR, ROOT, offline, untracked
+from first_cell import colab_links, reference
 from nbdev.config import get_config
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 CONFIG = get_config(path=ROOT)
-DEVELOPMENT = ["nbdev", "fastcore", "execnb", "IPython", "ipykernel", "jupyter_core", "sphinx", "pytest"]
+DEVELOPMENT = ["nbdev", "fastcore", "execnb", "ipykernel", "jupyter_core", "sphinx", "pytest"]
 
 
 @pytest.fixture(scope="session")
@@ -32,8 +33,9 @@ def wheel(tmp_path_factory):
     left_out = shutil.ignore_patterns(".*", "_build", "build", "dist", "runs", "data", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, folder / "source", ignore=left_out)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, folder / "source"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HOUR)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "would be ignored" not in done.stdout + done.stderr
     (path,) = folder.glob("*.whl")
     return path
 
@@ -83,7 +85,7 @@ def environment(wheel, metadata, tmp_path_factory):
                     link.symlink_to(path)
     install = [sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "install", "--quiet",
                "--no-index", wheel]
-    done = subprocess.run(install, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(install, capture_output=True, text=True, timeout=HOUR)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -93,7 +95,7 @@ def use(environment, *command, folder):
     clean = {name: value for name, value in offline().items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
     clean["PATH"] = os.defpath
     done = subprocess.run([environment / "bin" / command[0], *command[1:]], cwd=folder, env=clean,
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=HOUR)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -103,7 +105,7 @@ def test_wheel_holds_the_package_and_its_results(wheel):
     assert {name.split("/")[0] for name in names} == {"convmixer_edu", f"convmixer_edu-{CONFIG.version}.dist-info"}
     results = [path for path in (ROOT / "results").rglob("*") if path.is_file()]
     wanted = {f"convmixer_edu/results/{path.relative_to(ROOT / 'results').as_posix()}" for path in results}
-    wanted |= {f"convmixer_edu/{path.name}" for kind in ("*.py", "*.csv") for path in (ROOT / "convmixer_edu").glob(kind)}
+    wanted |= {f"convmixer_edu/{path.name}" for kind in ("*.py", "*.csv", "py.typed") for path in (ROOT / "convmixer_edu").glob(kind)}
     assert results and wanted <= names
 
 
@@ -160,11 +162,14 @@ def test_settings_are_the_same_everywhere():
     assert book["author"] == CONFIG.author
     assert book["title"] == CONFIG.title == citation["title"]
     assert book["copyright"] == CONFIG.copyright
-    assert book["repository"] == {"url": CONFIG.git_url, "branch": CONFIG.branch}
+    assert book["repository"] == {"url": CONFIG.git_url, "branch": reference(CONFIG)}
     assert book["html"]["baseurl"] == home == citation["url"]
     assert citation["repository-code"] == CONFIG.git_url
     assert citation["version"] == CONFIG.version
-    assert f"## {CONFIG.version}" in (ROOT / "CHANGELOG.md").read_text("utf8")
+    heading = CONFIG.version.replace(".dev0", " (under way)")
+    assert f"\n## {heading}\n" in (ROOT / "CHANGELOG.md").read_text("utf8")
+    links = colab_links((ROOT / "README.md").read_text("utf8"))
+    assert links and set(links) == {(f"{CONFIG.user}/{CONFIG.repo}", reference(CONFIG))}, "run python tools/first_cell.py"
 
 
 def test_no_other_address_of_the_project():

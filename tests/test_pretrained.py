@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
-from conftest import offline
+from conftest import HOUR, offline
 from PIL import Image
 from safetensors.torch import save, save_file
 from sklearn.datasets import load_sample_image
@@ -822,7 +822,7 @@ def convmixer(*words, code=0, process=False):
     words = list(map(str, words))
     if process:
         program = Path(sys.executable).with_name("convmixer")
-        done = subprocess.run([program, *words], text=True, capture_output=True, timeout=300, env=offline(OMP_NUM_THREADS=1))
+        done = subprocess.run([program, *words], text=True, capture_output=True, timeout=HOUR, env=offline(OMP_NUM_THREADS=1))
         ended, out, err = done.returncode, done.stdout, done.stderr
     else:
         out, err = io.StringIO(), io.StringIO()

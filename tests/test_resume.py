@@ -1,5 +1,6 @@
 """A run killed at any moment and resumed ends with the weights of the undisturbed run, bit for bit."""
 
+import errno
 import json
 import os
 import resource
@@ -7,6 +8,7 @@ import shutil
 import signal
 import time
 from dataclasses import replace
+from unittest.mock import patch
 
 import forked
 import pytest
@@ -138,6 +140,28 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_error_and_loses_nothing(undi
     assert not list((tmp_path / "run").glob(".*"))
     rest, code = start(tmp_path / "run", True).end()
     assert code == 0 and rest[0] == 9 and same(undisturbed, tmp_path / "run")
+
+
+def test_a_second_process_is_kept_out_of_a_run_until_the_first_is_gone(undisturbed, tmp_path):
+    process = start(tmp_path / "run", False)
+    assert next(iter(process)) == 1
+    process.pause()
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    for mirror in (None, tmp_path / "drive"):
+        rest, code = start(tmp_path / "run", True, mirror=mirror).end()
+        assert code == 0 and len(rest) == 1, rest
+        assert rest[0].startswith(f"{tmp_path / 'run'} is being trained by another process: wait for its end")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
+    assert not (tmp_path / "drive").exists()
+    process.end(signal.SIGKILL)
+    rest, code = start(tmp_path / "run", True).end()
+    assert code == 0 and rest[-1] == "done" and same(undisturbed, tmp_path / "run")
+
+
+def test_a_file_system_without_locks_costs_a_warning_only(undisturbed, tmp_path):
+    with patch("fcntl.flock", side_effect=OSError(errno.ENOLCK, "No locks available")):
+        with pytest.warns(UserWarning, match="cannot be locked .No locks available.: see to it"):
+            train(replace(TINY, epochs=1), "digits", tmp_path / "run", device="cpu")
 
 
 def test_the_machine_is_gone_but_the_mirror_is_not(undisturbed, tmp_path):

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import forked
 import pytest
 import torch
+from conftest import HOUR
 from timm.models import create_model
 from torch import nn
 from torch.distributed import destroy_process_group
@@ -240,7 +241,7 @@ def imagenet(tmp_path_factory):
 
 def run_timms(root, *words):
     done = subprocess.run([sys.executable, "train_convmixer.py", "--data-dir", "data", *words], cwd=root, text=True,
-                          capture_output=True, timeout=300)
+                          capture_output=True, timeout=HOUR)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -395,7 +396,7 @@ def test_torchrun_trains_by_the_module(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
                "convmixer_edu.train", "--preset=digits", f"--out={tmp_path}/run", "--device=cpu", "--json", *settings,
                "--set=weight_decay=2e-5", "--set=init=uniform", "--set=flip=true", "--set=crop_scale=1"]
-    done = subprocess.run(command, text=True, capture_output=True, timeout=300, cwd=tmp_path,
+    done = subprocess.run(command, text=True, capture_output=True, timeout=HOUR, cwd=tmp_path,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "CONVMIXER_DATA": "digits"})
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)  # one line, from one process

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import HOUR, ROOT
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -307,5 +307,5 @@ def test_the_command_goes_on_where_it_was(tmp_path, capsys):
 
 def test_it_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "convmixer_edu.speed", "--help"], cwd=ROOT, capture_output=True,
-                          text=True, timeout=120)
+                          text=True, timeout=HOUR)
     assert done.returncode == 0 and "--kernels" in done.stdout, done.stderr

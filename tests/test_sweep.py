@@ -12,7 +12,7 @@ from pathlib import Path
 
 import forked
 import pytest
-from conftest import offline
+from conftest import HOUR, offline
 
 from convmixer_edu import ledger, sweep
 from convmixer_edu.ablate import ARMS, arms, records
@@ -172,7 +172,7 @@ def workers(out):
     return found
 
 
-def wait_for(condition, seconds=90):
+def wait_for(condition, seconds=HOUR):
     """Wait until something is true; fail if it never is."""
     end = time.monotonic() + seconds
     while not condition():

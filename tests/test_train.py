@@ -13,7 +13,7 @@ import torch
 from convmixer_edu import inference, recipe
 from convmixer_edu import train as t
 from convmixer_edu.checkpoint import keyed_generator, read_checkpoint
-from convmixer_edu.data import ImageSet, load_images
+from convmixer_edu.data import ImageSet, load_images, stratified_index
 from convmixer_edu.engines import make_engine
 
 TINY = recipe.Config(dim=8, depth=2, kernel_size=3, patch_size=1, epochs=2, batch_size=64, lr=0.02, limit=300, flip=False,
@@ -163,6 +163,54 @@ def test_score_counts_every_image_whatever_the_batch(finished):
     assert results[0]["confusion"] == results[1]["confusion"]
     assert sum(map(sum, results[1]["confusion"])) == len(data) == results[1]["images"]
     assert not model.training
+
+
+class Small(torch.nn.Linear):
+    """A network that computes for no more than seven images at a time."""
+
+    def forward(self, x):
+        self.asked.append(len(x))
+        if len(x) > 7:
+            raise self.error
+        return super().forward(x.flatten(1))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")])
+def test_score_halves_its_batch_where_memory_is_short(error):
+    data, stats, model = load_images("digits", "test"), inference.Statistics((0.5,), (0.5,)), Small(64, 10)
+    model.error, model.asked = error, []
+    seen = inference.score(model, data, stats)
+    tried = [n for n in model.asked if n > 7]
+    assert tried == [min(500, len(data)) // 2**i for i in range(len(tried))]
+    assert sum(map(sum, seen["confusion"])) == len(data)
+    model.error = RuntimeError("shapes do not fit")
+    with pytest.raises(RuntimeError, match="do not fit"):
+        inference.score(model, data, stats)
+
+
+def test_memory_too_short_for_one_image_is_an_error():
+    data, model = load_images("digits", "test"), Small(64, 10)
+    model.asked, model.forward = [], lambda x: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        inference.score(model, data, inference.Statistics((0.5,), (0.5,)))
+
+
+def test_evaluation_uses_no_larger_batches_than_training(tmp_path):
+    with patch.object(t, "score", wraps=inference.score) as asked:
+        t.train(recipe.with_settings(TINY, {"epochs": 1, "batch_size": 20}), "digits", tmp_path / "run", device="cpu")
+    assert [call.args[3] for call in asked.call_args_list] == [20, 20]
+
+
+def test_training_accuracy_is_of_all_classes_even_where_they_are_sorted(tmp_path):
+    data = load_images("digits", "train", 300)
+    order = data.labels.argsort(stable=True)
+    with patch.object(t, "_both_sets", return_value=(data.subset(order), load_images("digits", "test"))), \
+            patch.object(t, "stratified_index", wraps=lambda labels, n: stratified_index(labels, 100)), \
+            patch.object(t, "score", wraps=inference.score) as asked:
+        t.train(recipe.with_settings(TINY, {"epochs": 1}), "digits", tmp_path / "run", device="cpu")
+    own = asked.call_args.args[1]
+    assert len(own) == 100 and min(torch.bincount(own.labels, minlength=10)) >= 9
 
 
 def test_a_loss_that_is_no_number_stops_the_run_with_a_sentence(tmp_path):

@@ -1,0 +1,171 @@
+"""The chapters as their readers run them: other versions, nothing but the wheel, an empty folder, no network.
+
+    make contract                             Colab's versions: tests/colab_packages.txt, Python 3.13
+    python tools/contract.py --lower          the lower bounds of pyproject, its oldest Python
+    python tools/contract.py --python PATH    the packages of an environment that is there already
+    python tools/contract.py --only 02_model 04_data
+
+Makes a new environment (gigabytes: not part of make test), installs the wheel as the first cell of a chapter does, runs
+every chapter, then some quick tests. A cell that fails, or writes to stderr, is a fault. Ends with 1 if there was one.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNNER = ["ipykernel", "ipywidgets", "nbclient", "nbformat", "pytest", "tensorboard"]  # all on Colab
+QUICK = ["test_model", "test_anatomy", "test_isotropic", "test_augment"]
+SKIPPED = r"^#\|\s*(gpu|eval:\s*false)\s*$"  # as when the book is built
+RUN = """
+import json, re, sys
+import nbclient, nbformat
+notebook = nbformat.read(sys.argv[1], as_version=4)
+notebook.cells = [cell for cell in notebook.cells
+                  if cell.cell_type != "code" or not re.search(sys.argv[2], cell.source, re.M)]
+nbclient.NotebookClient(notebook, timeout=None, kernel_name="python3", allow_errors=True).execute()
+faults = []
+for number, cell in enumerate(notebook.cells):
+    for output in cell.get("outputs", []):
+        if output.output_type == "error":
+            faults.append([number, output.ename + ": " + output.evalue])
+        elif output.output_type == "stream" and output.name == "stderr":
+            faults.append([number, "stderr: " + output.text])
+print(json.dumps([faults, sum(cell.cell_type == "code" for cell in notebook.cells)]))
+"""
+
+
+def find_python(version):
+    """Return a Python of this version: on the path, or pyenv's; None if there is none."""
+    home = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    tried = [*sorted(home.glob(f"versions/{version}*/bin/python")), shutil.which(f"python{version}")]
+    for python in filter(None, tried):
+        ask = [python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
+        if subprocess.run(ask, capture_output=True, text=True).stdout.strip() == version:
+            return str(python)
+    return None
+
+
+def on_colab():
+    """Return the versions that Colab has, by name, without the mark of the CUDA they are built for."""
+    lines = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "tests" / "colab_packages.txt").read_text("utf8"), re.M)
+    return {canonicalize_name(name): version.split("+")[0] for name, version in lines}
+
+
+def constraints(lower, dependencies):
+    """Return `name==version` for all that is to be held: Colab's versions, or the lower bounds where there are some."""
+    held = on_colab()
+    if lower:
+        for wanted in map(Requirement, dependencies):
+            for bound in wanted.specifier:
+                if bound.operator == ">=":
+                    held[canonicalize_name(wanted.name)] = bound.version
+    return [f"{name}=={version}" for name, version in sorted(held.items())]
+
+
+def make_environment(folder, base, lower):
+    """Make an environment with the versions wanted, or on top of another one; return its Python."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))["project"]
+    version = project["requires-python"].removeprefix(">=") if lower else "3.13"
+    start = base or find_python(version)
+    if start is None:
+        sys.exit(f"there is no Python {version}: install it, or name another environment with --python")
+    subprocess.run([start, "-m", "venv", folder], check=True)
+    python = folder / "bin" / "python"
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    if base:
+        ask = [base, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+        there = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
+        (site,) = folder.glob("lib/python*/site-packages")
+        (site / "base.pth").write_text(there)
+        subprocess.run([*install, *RUNNER, *project["dependencies"]], check=True)
+        return python
+    (folder / "constraints.txt").write_text("\n".join(constraints(lower, project["dependencies"])) + "\n")
+    subprocess.run([*install, "-c", folder / "constraints.txt", *RUNNER, *project["dependencies"]], check=True)
+    return python
+
+
+def build_wheel(folder):
+    """Return the wheel of this checkout."""
+    left_out = shutil.ignore_patterns(".*", "_build", "build", "dist", "runs", "data", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, folder / "source", ignore=left_out)  # no leftovers of earlier builds
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, folder / "source"]
+    subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def outside(folder, python):
+    """Return an environment that knows nothing of the checkout and fetches nothing."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    return {**clean, "PATH": f"{Path(python).parent}{os.pathsep}{os.defpath}", "CONVMIXER_DATA": "digits",
+            "CONVMIXER_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
+            "JUPYTER_PREFER_ENV_PATH": "1"}
+
+
+def run_chapter(python, path):
+    """Run a chapter in an empty folder; return its faults, as sentences, and how many cells ran."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        notebook = folder / path.name
+        shutil.copy(path, notebook)
+        done = subprocess.run([python, "-c", RUN, notebook, SKIPPED], cwd=folder, env=outside(folder, python),
+                              capture_output=True, text=True)
+    if done.returncode:
+        return [f"{path.stem}: {done.stderr.strip()[-1000:]}"], 0
+    faults, count = json.loads(done.stdout.strip().split("\n")[-1])
+    return [f"{path.stem}, cell {number}: {text.strip()[:1000]}" for number, text in faults], count
+
+
+def quick_tests(python):
+    """Run the quick tests away from the checkout; return what failed, in a list."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/{test}.py" for test in QUICK)]
+        done = subprocess.run(command, cwd=folder, env=outside(folder, python), capture_output=True, text=True)
+    print(done.stdout.strip().split("\n")[-1], flush=True)
+    return [done.stdout[-3000:] + done.stderr[-1000:]] if done.returncode else []
+
+
+def main():
+    """Make the environment, run everything in it, and say what went wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--lower", action="store_true", help="the lower bounds of pyproject")
+    parser.add_argument("--python", help="the Python of an environment whose packages are used")
+    parser.add_argument("--only", nargs="+", metavar="CHAPTER", help="such as 02_model")
+    args = parser.parse_args()
+    chapters = sorted((ROOT / "nbs").glob("*.ipynb"))
+    if unknown := sorted(set(args.only or []) - {path.stem for path in chapters}):
+        parser.error(f"there is no chapter {unknown[0]}")
+    faults, cells = [], 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        wheel = build_wheel(folder)
+        python = make_environment(folder / "venv", args.python, args.lower)
+        install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel]
+        subprocess.run(install, check=True)
+        for path in chapters:
+            if args.only and path.stem not in args.only:
+                continue
+            found, count = run_chapter(python, path)
+            print(f"{path.stem}: {count} cells, {len(found)} faults", flush=True)
+            faults, cells = faults + found, cells + count
+        faults += [] if args.only else quick_tests(python)
+    print(*faults, sep="\n")
+    print(f"{cells} cells, {len(faults)} faults")
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()
