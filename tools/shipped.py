@@ -24,10 +24,12 @@ def main(wanted):
         model, info = load_run(results_folder() / name)
         data = load_images(None, "test", None, info.config.image_size)
         if data.fingerprint != run["test_fingerprint"]:
-            raise SystemExit(f"{name} was judged on other images: expected the test set of its record, name it with CONVMIXER_DATA")
+            raise SystemExit(f"{name} was judged on other images: expected the test set of its record, "
+                             "name it with CONVMIXER_DATA")
         seen = score(model, data, info.stats, dtype=torch.float32)
         machine = _machine(device, torch.float32)
         found[name] = {"accuracy": seen["accuracy"], "loss": round(seen["loss"], 4), "images": seen["images"],
+                       "record": json.loads((results_folder() / name / "record.json").read_text())["sha256"],
                        **{key: machine[key] for key in ("device", "precision", "torch", "commit")}}
         print(json.dumps({name: found[name]}), flush=True)
         file.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
