@@ -12,8 +12,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from timm.data import Mixup
-from timm.data.mixup import cutmix_bbox_and_lam, mixup_target
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
@@ -589,7 +587,8 @@ def mix(
         raise ValueError(f"labels are {labels.dtype} of shape "
                          f"{tuple(labels.shape)}, expected torch.int64 of "
                          f"shape ({len(images)},), one an image")
-    targets = mixup_target(labels, num_classes, 1.0, smoothing)
+    targets = _targets(num_classes, smoothing)[labels.cpu()]
+    targets = targets.to(labels.device)
     if not mixup and not cutmix:
         return images, targets
     shape, device = images.shape[1:], images.device
@@ -600,12 +599,22 @@ def mix(
     return mixed.to(images.dtype).view(images.shape), targets
 
 # %% ../nbs/05_augment.ipynb #mixd0001
+def _targets(num_classes, smoothing):
+    "What each class asks for, (n, n): a part is spread over all."
+    spread = smoothing / num_classes
+    shares = torch.full((num_classes, num_classes), spread)
+    return shares.fill_diagonal_(1 - smoothing + spread)
+
+
 def _draw_mix(mixup, cutmix, count, size, generator):
     """timm's draws for a batch as rows (8, B), the same for all images.
 
     Share of the image itself and of its partner, for pixels outside of the
     box and for targets, then the box. timm draws from numpy's generator: it
     is seeded from ours for the call and put back after."""
+    from timm.data import Mixup  # slow to import
+    from timm.data.mixup import cutmix_bbox_and_lam
+
     seed = int(torch.randint(2**31, (), generator=generator))
     mixer, before = Mixup(mixup, cutmix), np.random.get_state()
     try:
@@ -707,9 +716,7 @@ class Kernels:
         self.k = _constants(shape, device, fill, a.randaug_n)
         self.scale, self.shift = (_send(t[:, None], device) for t in
                                   _scale(mean, std, self.shape[0]))
-        labels = torch.arange(num_classes)
-        self.targets = _send(mixup_target(labels, num_classes, 1.0,
-                                          a.smoothing), device)
+        self.targets = _send(_targets(num_classes, a.smoothing), device)
         self.mixes = a.mixup > 0 or a.cutmix > 0
 
     def draw(self, count, generator):

@@ -918,8 +918,8 @@ def compare_command(
         "--network", metavar="NAME", help="Race this one of timm's networks, "
         "and measure nothing else; may be given again. Default: those of the "
         "comparison.")] = None,
-    batch_size: Annotated[int, typer.Option(
-        min=1, help="Images a call.")] = 8,
+    batch_size: Annotated[int | None, typer.Option(
+        min=1, help="Images a call.")] = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:

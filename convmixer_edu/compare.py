@@ -457,7 +457,7 @@ def measure(
     file: str | Path,  # the record; one that is there is continued
     device: str | None = None,  # None: a GPU if there is one
     seconds: float = 540.0,  # nothing new is begun after that
-    batch_size: int = 8,  # images a call
+    batch_size: int | None = None,  # images a call; 8, or 128 on a GPU
     rounds: int = 5,
     networks: tuple[str, ...] = RACE,  # to race, by timm's names
     parts: tuple[str, ...] = PARTS,  # what else to measure
@@ -478,7 +478,8 @@ def measure(
         raise ValueError(f"timm has no network {unknown[0]!r}: see "
                          "timm.list_models() for its names")
     keep_freed_memory()
-    record = _open_record(file, device, batch_size)
+    record = _open_record(file, device, batch_size or (
+        128 if device.type == "cuda" else 8))  # a GPU is idle with few
     left = lambda: seconds - (time.monotonic() - started)
 
     def save():
@@ -536,7 +537,8 @@ def main(
     parser.add_argument("--seconds", type=float, default=540.0,
                         help="nothing new is begun after that")
     parser.add_argument("--device", help="cpu or cuda; the best by default")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int,
+                        help="images a call: 8, or 128 on a GPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--networks", nargs="+", default=RACE,
                         help="timm's names of the networks to race")

@@ -326,7 +326,8 @@ def export_torch(
                 "notes.json": json.dumps(notes or {})})
 
     def check(draft):  # written a moment ago, by us
-        return _checked(_load_exported(draft), model, images, tolerance, "torch.export")
+        return _checked(_load_exported(draft), model, images, tolerance,
+                        "torch.export")
 
     return _into(file, write, check)
 

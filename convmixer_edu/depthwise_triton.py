@@ -68,12 +68,12 @@ def convolve(
                 row = tl.load(at, mask=there & (u >= 0) & (u < H), other=0.0)
                 sums = _add_row(sums, row.to(ACC), column, t)
     here = out + b * ob + top * oh + z * ow + c * oc
-    more = tl.zeros((1, CHANNELS), ACC)
-    if BIAS:
-        more = tl.load(bias + c, mask=c < C, other=0.0).to(ACC)
     for r in tl.static_range(ROWS):
-        y = (sums[r] + more).to(out.dtype.element_ty)
-        tl.store(here + r * oh, y, mask=(z < W) & (c < C) & (top + r < H))
+        y = sums[r]
+        if BIAS:
+            y += tl.load(bias + c, mask=c < C, other=0.0).to(ACC)
+        tl.store(here + r * oh, y.to(out.dtype.element_ty),
+                 mask=(z < W) & (c < C) & (top + r < H))
 
 # %% ../nbs/P1b_triton.ipynb #d2a3c364
 def _accumulator(x):
@@ -112,7 +112,7 @@ def convolution(
 # %% ../nbs/P1b_triton.ipynb #b9bcfe44
 @triton.jit
 def partial_sums(
-    x, grad, out, xb, gb, B, per,  # per: tiles for each program
+    x, grad, out, xb, gb, B, PER: tl.constexpr,  # tiles for each program
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
     xc: tl.constexpr, xh: tl.constexpr, xw: tl.constexpr,
     gc: tl.constexpr, gh: tl.constexpr, gw: tl.constexpr,
@@ -128,8 +128,8 @@ def partial_sums(
     sums = ()  # a column of the kernel each
     for _ in tl.static_range(WIDE):
         sums += (_zeros(K, COLUMNS, CHANNELS, ACC),)
-    tile, end = part * per, part * per + per
-    while tile < end:
+    for step in range(PER):
+        tile = part * PER + step
         z = (tile % across * COLUMNS + tl.arange(0, COLUMNS))[:, None]
         top = tile // across % bands * ROWS + 0 * z
         b = (tile // (across * bands) + 0 * z).to(tl.int64)
@@ -153,7 +153,6 @@ def partial_sums(
                                   other=0.0)
                     new += (_add_row(sums[j], row.to(ACC), up, t),)
                 sums = new
-        tile += 1
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     here, left = out + part * (K * K + 1) * C + c, left + 0 * c
     for j in tl.static_range(WIDE):
@@ -167,7 +166,7 @@ def weight_sums(
     x: Tensor,  # (B, h, H, W), the convolution's input
     grad: Tensor,  # (B, h, H, W), the gradient of its output
     kernel_size: int,  # k
-    programs: int | None = None,  # about; as many as an H100 runs at once
+    programs: int = 1536,  # about as many as an H100 runs at once
 ) -> tuple[Tensor, Tensor]:  # (h, 1, k, k) and (h,), of weight and bias
     """Both gradients in two stages, the same bits every time (Sec. 2)
 
@@ -178,7 +177,6 @@ def weight_sums(
     if dtype == torch.float64 and columns == 1:
         channels = 32  # a number takes two registers
     blocks, groups = triton.cdiv(h, channels), triton.cdiv(k * k, 50)
-    programs = programs or (1408 if k < 6 else 1056)  # registers decide
     tiles = b * triton.cdiv(height, rows) * triton.cdiv(width, columns)
     per = triton.cdiv(tiles, max(1, programs // (blocks * groups)))
     parts = triton.cdiv(tiles, per)

@@ -10,7 +10,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, default_convert
 from torchvision import transforms
@@ -140,6 +139,8 @@ def pil_transform(
     bicubically, by a coin, as in the paper. Raises ValueError for settings
     of RandAugment that neither library knows.
     """
+    from timm.data import create_transform  # slow to import
+
     n, m, spread = augment.randaug_n, augment.randaug_m, augment.randaug_spread
     by_timm = bool(n) and augment.randaug_policy == "timm"
     if n and (m != int(m) or spread and not by_timm):

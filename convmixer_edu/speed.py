@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['VISITS', 'Workload', 'step_flops', 'step_bytes', 'ceilings', 'Floor', 'floor', 'real_dtypes', 'choose_precision',
            'keep_freed_memory', 'Choice', 'choices', 'CompiledSequential', 'prepare', 'autocast', 'frozen', 'Recorded',
-           'make_step', 'time_step', 'probe', 'device_name', 'choose', 'remember', 'profile_step', 'measure', 'main']
+           'make_step', 'time_step', 'probe', 'device_name', 'known', 'choose', 'remember', 'remember_all',
+           'profile_step', 'measure', 'main']
 
 # %% ../nbs/P2_speed.ipynb #c5efb5c8
 import argparse
@@ -473,15 +474,23 @@ def _cache_file():
     return Path(root).expanduser() / "speed.json"
 
 
-def _read_cache():
+def _read_cache(file=None):
     "The choices kept so far; a damaged file counts as none"
     try:
-        kept = json.loads(_cache_file().read_text())
+        kept = json.loads((file or _cache_file()).read_text())
         return {key: Choice(**fields) for key, fields in kept.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
 # %% ../nbs/P2_speed.ipynb #e46b6cb1
+def known(
+    work: Workload,
+    device: torch.device,
+) -> Choice | None:
+    "The setting kept for this workload on this machine, if there is one"
+    return _read_cache().get(_key(work, device))
+
+
 def choose(
     work: Workload,
     device: torch.device,
@@ -492,9 +501,8 @@ def choose(
 
     It is kept in speed.json in $CONVMIXER_CACHE (~/.cache/convmixer_edu by
     default). Raises `RuntimeError` when no setting works."""
-    key, kept = _key(work, device), _read_cache()
-    if key in kept:
-        return kept[key]
+    if found := known(work, device):
+        return found
     timed = probe(work, device, seconds, report)
     best = max(timed, key=lambda choice: choice.images_per_second)
     if not best.images_per_second:
@@ -503,15 +511,26 @@ def choose(
     remember(work, device, best)
     return best
 
-
+# %% ../nbs/P2_speed.ipynb #e46b6cb2
 def remember(
     work: Workload,
     device: torch.device,
     best: Choice,
 ) -> None:
-    "Let `choose` find this setting, measured elsewhere on this machine"
-    # another process may have written
-    kept = {**_read_cache(), _key(work, device): best}
+    "Let `choose` find a setting that was measured elsewhere on this machine"
+    _keep({_key(work, device): best})
+
+
+def remember_all(
+    file: Path,  # another speed.json; settings of other machines do no harm
+) -> None:
+    "Let `choose` find the settings that another cache knows"
+    _keep(_read_cache(file))
+
+
+def _keep(new):
+    "Add to the cache; another process may have written to it meanwhile"
+    kept = {**_read_cache(), **new}
     text = json.dumps({k: asdict(c) for k, c in kept.items()}, indent=1)
     with contextlib.suppress(OSError):  # a disk that is full, or read-only
         _cache_file().parent.mkdir(parents=True, exist_ok=True)

@@ -197,7 +197,8 @@ class Run:
         self.done = 0  # steps done since the run began
         self.seconds = 0.0  # spent training, over all parts of the run
         self.metrics = []  # one record an epoch
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        self.loss_sum = torch.zeros((), dtype=exact, device=device)
         self.asked = None  # a loss on its way from the GPU
         self.given, self.step = _stepper(self)
 
@@ -284,11 +285,14 @@ def _loop(run: Run, report, stop, seconds):
 
 
 def _stop(run, total, stop):
-    "Say what a stopped run can do"
-    why = f" by signal {stop[0]}" if stop else ""
+    "Say what a stopped run can do; all processes say the same"
+    why, number = "", None
+    if any_of(bool(stop)):  # perhaps another one got the signal
+        number = stop[0] if stop else int(signal.SIGTERM)
+        why = f" by signal {number}"
     error = Stopped(f"stopped{why} after step {run.done} of {total}: go on "
                     "with --resume")
-    error.number = stop[0] if stop else None
+    error.number = number
     raise error
 
 # %% ../nbs/06_training.ipynb #7c7d2e2b
@@ -515,7 +519,8 @@ def _open_folder(c, source, out, data, resume, device):
     if resume and not note.exists():
         raise ValueError(f"{out} holds no run to go on with: config.json is "
                          "missing, start without --resume")
-    if not resume and out.exists() and any(out.iterdir()):
+    if not resume and out.exists() and any(
+            f.name[0] != "." for f in out.iterdir()):  # .DS_Store is none
         raise ValueError(f"{out} is not empty: go on with it (--resume) or "
                          "choose another folder")
     record = _setup_record(c, source, data, _statistics(c, data))

@@ -3,6 +3,7 @@
 import csv
 import html
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import prose
@@ -96,3 +97,16 @@ def test_the_check_of_prose_finds_what_it_should():
     assert prose.unbound(bad, page) == ["31 seconds", "5 %", "4.5 million", "twenty-five"]
     assert prose.wrong_claims("[81.37 %](claims.ipynb#t1-1536-20), [the largest one](claims.ipynb#t1-1536-20)") == []
     assert prose.wrong_claims("[81.4 %](claims.ipynb#t1-1536-20)") and prose.wrong_claims("[206 img/s](claims.ipynb#thr-768-32)")
+
+
+def test_the_light_script_is_judged_by_the_interval_of_our_runs(monkeypatch):
+    seen = verdict("c-light-25")
+    assert seen.word == "match" and "±" in seen.ours and "3 runs" in seen.how
+    far = replace(claim("c-light-25"), value="93.5")
+    assert module._light(far).word == "differs"
+    monkeypatch.setattr(module, "names", lambda: ["light25-seed0"])
+    assert module._light(far).word == "not run"  # one run has no interval
+
+
+def test_a_single_run_of_each_arm_does_not_hide_a_difference_with_an_interval():
+    assert "light25" not in verdict("b3-no-scale").how and "n = 5" in verdict("b3-no-scale").how

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 from convmixer_edu import ledger
 from convmixer_edu.anatomy import count_parameters
 from convmixer_edu.checkpoint import read_checkpoint
-from convmixer_edu.inference import evaluate
+from convmixer_edu.data import load_images
+from convmixer_edu.inference import evaluate, load_run, score
 from convmixer_edu.recipe import Config
 from convmixer_edu.train import train
 
@@ -95,10 +97,37 @@ def test_every_record_of_the_book_is_whole_and_says_what_it_was():
         assert abs(100 * right / run["test_images"] - run["test_accuracy"]) < 1e-2, name
 
 
-def test_recorded_weights_give_the_recorded_accuracy(cifar10, tmp_path):
-    with_weights = [n for n in ledger.names() if (ledger.results_folder() / n / "model.safetensors").exists()]
-    for name in with_weights:
-        shutil.copytree(ledger.results_folder() / name, tmp_path / name)
-        seen = evaluate(tmp_path / name, cifar10, device="cpu")
-        assert abs(seen["accuracy"] - ledger.recorded(name)["test_accuracy"]) < 0.2, name
-    assert ledger.PRETRAINED in with_weights
+WITH_WEIGHTS = [n for n in ledger.names() if (ledger.results_folder() / n / "model.safetensors").exists()]
+
+
+@pytest.mark.parametrize("name", WITH_WEIGHTS)
+def test_every_weight_file_was_judged_by_itself_and_gives_the_recorded_accuracy(name):
+    run, judged = ledger.recorded(name), ledger.shipped(name)  # the seal covers the weights
+    note = json.loads((ledger.results_folder() / name / "record.json").read_text())
+    assert judged["record"] == note["sha256"], "judged before the record was made anew: python tools/shipped.py"
+    assert judged["precision"] == "float32" and judged["images"] == run["test_images"]
+    assert abs(judged["accuracy"] - run["test_accuracy"]) < 0.1
+
+
+@pytest.mark.parametrize("name", ["quick-seed0", "quick8-covariance-seed0", ledger.PRETRAINED])
+def test_a_weight_file_gives_what_was_judged(name, cifar10):
+    assert name in WITH_WEIGHTS
+    model, info = load_run(ledger.results_folder() / name)
+    seen = score(model, load_images(cifar10, "test"), info.stats)
+    assert abs(seen["accuracy"] - ledger.shipped(name)["accuracy"]) < 0.03  # three images
+
+
+def test_a_card_tells_what_the_file_itself_gives():
+    folder = ledger.pretrained_run()
+    setup, result = (json.loads((folder / name).read_text()) for name in ("config.json", "run.json"))
+    judged = {"accuracy": 12.34, "precision": "float32"}
+    assert "12.34 %" in ledger.model_card(setup, result, judged)
+    card = ledger.model_card(setup, result)
+    assert f"{result['test_accuracy']:.2f} %" in card and "not measured" in card
+    assert ledger.shipped("no such run") is None
+
+
+def test_the_readme_tells_what_the_network_that_comes_along_reached():
+    run, text = ledger.recorded(ledger.PRETRAINED), (ROOT / "README.md").read_text("utf8")
+    assert f"{run['test_accuracy']:.1f} % on CIFAR-10's test images after {run['seconds']:.0f} seconds on one H100" in text
+    assert "H100" in run["device"]

@@ -112,6 +112,14 @@ def test_ceilings_count_operations_and_both_ways_of_a_copy():
     assert (flops, copied) == (2 * 2048**3 / 2.0, 2 * 4 * 2**25 / 2.0)
 
 
+def test_ceilings_are_measured_on_random_numbers():
+    with patch.object(speed, "_fastest", side_effect=lambda function, device: function() is None or 1.0), \
+            patch("torch.mm", wraps=torch.mm) as product:
+        speed.ceilings(CPU)
+    a, b = product.call_args.args
+    assert float(a.std()) > 0.9 and abs(float(a.mean())) < 0.01 and a is b
+
+
 def test_every_setting_is_there_once():
     with patch.object(speed, "real_dtypes", return_value=(torch.bfloat16, torch.float32)):
         every = speed.choices(CPU)
@@ -194,7 +202,7 @@ def test_a_setting_that_fails_says_why_and_the_next_is_tried():
 def test_a_probe_ends_in_time():
     clock = iter([0.0, 1.0, 11.0] + [11.0] * 99)
     with patch.object(speed.time, "monotonic", lambda: next(clock)), \
-            patch.object(speed, "_timed", lambda work, choice, device: replace(choice, images_per_second=1.0)):
+            patch.object(speed, "_timed", lambda work, choice, device, best: replace(choice, images_per_second=1.0)):
         first, *rest = speed.probe(TINY, CPU, seconds=10)
     assert first.images_per_second and all(c.reason == "not reached in 10 s" for c in rest)
 
@@ -208,6 +216,15 @@ def probing(speeds):
         return [replace(c, images_per_second=s) for c, s in zip(speed.choices(device), speeds)]
 
     return patch.object(speed, "probe", probe), asked
+
+
+def test_settings_of_another_cache_are_found(cache, tmp_path):
+    other = tmp_path / "other.json"
+    best = replace(speed.choices(CPU)[0], images_per_second=7.0)
+    other.write_text(json.dumps({speed._key(TINY, CPU): asdict(best), "another machine": asdict(best)}))
+    assert speed.known(TINY, CPU) is None
+    speed.remember_all(other)
+    assert speed.known(TINY, CPU) == best and speed.known(replace(TINY, dim=16), CPU) is None
 
 
 def test_the_fastest_is_kept_and_found_again(cache):
@@ -282,10 +299,10 @@ def test_the_command_goes_on_where_it_was(tmp_path, capsys):
     record = files["train-k3.json"]
     assert record["work"] == asdict(TINY) and record["torch"] == torch.__version__
     assert record["best"] == max(record["probe"], key=lambda c: c["images_per_second"])
-    assert len(record["probe"]) == len(eager) and len(record["again"]) == min(3, len(eager))
+    assert len(record["probe"]) == len(eager)
     longest = max(record["floor"].values())
     assert record["part_of_floor"] == pytest.approx(longest * record["best"]["images_per_second"] / 4)
-    assert all(shares and shares[0][1] <= 1 for shares in record["profile"].values())
+    assert record["profile"] and record["profile"][0][1] <= 1
 
 
 def test_it_runs_as_a_module():

@@ -43,10 +43,14 @@ ROUNDS = 5
 PLAIN = speed.Choice()  # NCHW, eager, float32
 
 
-def in_turn(functions, amount, rounds=ROUNDS):
-    """{name: speeds}: each function called once a round, in turn; `amount` is what one call gets done."""
+def in_turn(functions, amount, rounds=ROUNDS, end=float("inf")):
+    """{name: speeds}: each function called once a round, in turn; `amount` is what one call gets done.
+
+    After `end`, on the monotonic clock, no round but the first is begun."""
     speeds = {name: [] for name in functions}
-    for _ in range(rounds):
+    for number in range(rounds):
+        if number and time.monotonic() > end:
+            break
         for name, function in functions.items():
             start = time.perf_counter()
             function()
@@ -289,7 +293,7 @@ def authors_epoch(device, c, count, workers=2):
     return epoch
 
 
-def pipeline(data, device, c, workers=(2,), rounds=ROUNDS):
+def pipeline(data, device, c, workers=(2,), rounds=ROUNDS, end=float("inf")):
     """An epoch over some images, from pictures to updated weights, against the authors' way, in turn."""
     batch, numbers = c.batch_size, itertools.count()
     images = len(data) // batch * batch
@@ -307,7 +311,7 @@ def pipeline(data, device, c, workers=(2,), rounds=ROUNDS):
             functions[f"the authors' way, {n} workers"] = theirs[-1]
         for function in functions.values():
             function()
-        speeds = in_turn(functions, images, rounds)
+        speeds = in_turn(functions, images, rounds, end)
     return {"name": f"whole pipeline, {sizes_of(c)}, batch {batch}, {images} images an epoch", "setting": step.setting,
             "images_per_second": speeds, "ratio": against(speeds)}
 
