@@ -141,7 +141,9 @@ def quick_tests(python):
         command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/{test}.py" for test in QUICK)]
         done = subprocess.run(command, cwd=folder, env=outside(folder, python), capture_output=True, text=True)
     print(done.stdout.strip().split("\n")[-1], flush=True)
-    return [done.stdout[-3000:] + done.stderr[-1000:]] if done.returncode else []
+    if done.returncode:
+        print(done.stdout[-3000:] + done.stderr[-1000:])
+    return ["the quick tests"] if done.returncode else []
 
 
 def main():
@@ -165,10 +167,9 @@ def main():
             if args.only and path.stem not in args.only:
                 continue
             found, count = run_chapter(python, path)
-            print(f"{path.stem}: {count} cells, {len(found)} faults", flush=True)
+            print(f"{path.stem}: {count} cells, {len(found)} faults", *found, sep="\n  ", flush=True)
             faults, cells = faults + found, cells + count
         faults += [] if args.only else quick_tests(python)
-    print(*faults, sep="\n")
     print(f"{cells} cells, {len(faults)} faults")
     sys.exit(bool(faults))
 
