@@ -43,7 +43,8 @@ def _check_image(height: int, width: int, p: int) -> None:
             "patch_size.")
 
 
-fx.wrap("_check_image")  # tracers record the call; they cannot look inside
+if "__file__" in globals():  # a module, which a notebook is not
+    fx.wrap("_check_image")  # tracers record the call, and look no further
 
 # %% ../nbs/02_model.ipynb #688285cb
 def unit(
