@@ -9,6 +9,7 @@ import pytest
 import yaml
 from check_release import problems
 from conftest import HOUR, ROOT, environment
+from contract import RUNNER, constraints, on_colab
 from first_cell import first_cell, reference, settings, write
 
 CONFIG = settings(ROOT)
@@ -102,6 +103,15 @@ def test_workflows_keep_no_credentials_and_publish_without_a_password():
     release = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text("utf8"))["jobs"]
     assert release["publish"]["permissions"] == {"id-token": "write"}
     assert all(job == "publish" or "id-token" not in told.get("permissions", {}) for job, told in release.items())
+
+
+def test_the_contract_holds_colabs_versions_or_the_lower_bounds():
+    there, wanted = on_colab(), ["torch>=2.10", "pillow>=10,<13", "numpy"]
+    assert set(RUNNER) <= set(there)
+    colab, lower = constraints(False, wanted), constraints(True, wanted)
+    assert {f"torch=={there['torch']}", f"numpy=={there['numpy']}"} <= set(colab) and "+" not in there["torch"]
+    assert {"torch==2.10", "pillow==10", f"numpy=={there['numpy']}"} <= set(lower)
+    assert len(lower) == len({*RUNNER, "torch", "pillow", "numpy"})
 
 
 def test_types_are_for_users_too(tmp_path):

@@ -59,17 +59,23 @@ def find_python(version):
 def on_colab():
     """Return the versions that Colab has, by name, without the mark of the CUDA they are built for."""
     lines = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "tests" / "colab_packages.txt").read_text("utf8"), re.M)
-    return {canonicalize_name(name): version.split("+")[0] for name, version in lines}
+    return {canonicalize_name(name): version.split("+")[0] for name, version in lines
+            if not name.startswith(("nvidia", "cuda", "triton", "setuptools"))}  # torch itself says which of these
 
 
 def constraints(lower, dependencies):
-    """Return `name==version` for all that is to be held: Colab's versions, or the lower bounds where there are some."""
-    held = on_colab()
+    """Return `name==version` for all that is held: what Colab has, or the lower bounds and Colab's where there is none.
+
+    What the dependencies want in turn is held with Colab's versions only; old versions have older wants.
+    """
+    held, wanted = on_colab(), [Requirement(text) for text in [*dependencies, *RUNNER]]
     if lower:
-        for wanted in map(Requirement, dependencies):
-            for bound in wanted.specifier:
+        names = [canonicalize_name(one.name) for one in wanted]
+        held = {name: held[name] for name in names if name in held}
+        for one in wanted:
+            for bound in one.specifier:
                 if bound.operator == ">=":
-                    held[canonicalize_name(wanted.name)] = bound.version
+                    held[canonicalize_name(one.name)] = bound.version
     return [f"{name}=={version}" for name, version in sorted(held.items())]
 
 
