@@ -166,3 +166,13 @@ def test_an_image_smaller_than_a_patch():
         count_macs(8, 1, 3, 7, image_size=6)
     with pytest.raises(ValueError, match="6 x 6"):
         layers(ConvMixer(8, 1, 3, 7), 6)
+
+
+def test_defaults_are_imagenets():
+    assert count_macs(8, 1, 3, 7) == count_macs(8, 1, 3, 7, num_classes=1000, in_chans=3, image_size=224)
+    assert count_kept(8, 1, 7) == count_kept(8, 1, 7, in_chans=3, image_size=224)
+    assert count_parameters(8, 1, 3, 7) == count_parameters(8, 1, 3, 7, num_classes=1000, in_chans=3)
+
+
+def test_an_image_of_one_patch_is_enough():
+    assert count_macs(8, 1, 3, 7, image_size=7) == 8 * (9 + 8 + 3 * 49 + 1000)
