@@ -27,7 +27,7 @@ from convmixer_edu.isotropic import MLPMixer, ResMLP, ViT
 from convmixer_edu.model import ConvMixer
 from convmixer_edu.recipe import PRESETS, learning_rate, make_optimizer
 from convmixer_edu.speed import choose_precision, keep_freed_memory
-from convmixer_edu.train import _machine, batches, steps_per_epoch, train_step
+from convmixer_edu.train import _machine, picks, steps_per_epoch, train_step
 
 SCALES = {  # seconds a run, seconds a trial of a rate, and the arms: images of 32 pixels
     "quick": (60.0, 20.0, {
@@ -61,6 +61,11 @@ class Shuffle(nn.Module):
         return x.flatten(2)[:, :, self.pixels].view(x.shape)
 
 
+def batches(engine, c, epoch, first):
+    """(images, targets) of each step in the rest of an epoch."""
+    yield from engine.batches(epoch, picks(len(engine.data), c, epoch, first))
+
+
 def fit(build, data, test, lr, seed, seconds, device, shuffle=False, eps=PRESETS["quick"].eps):
     """Train for so many seconds; return what a record holds of it."""
     c = replace(PRESETS["quick"], lr=lr, seed=seed, eps=eps, precision="auto")
@@ -83,11 +88,11 @@ def fit(build, data, test, lr, seed, seconds, device, shuffle=False, eps=PRESETS
     batch = next(batches(engine, c, 0, 0))
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     for _ in range(3):  # the first steps allocate: not part of the race
-        train_step(model, optimizer, scaler, *batch[1:], c, dtype)
+        train_step(model, optimizer, scaler, *batch, c, dtype)
     model.load_state_dict(before)
     optimizer, started = make_optimizer(model, c), time.monotonic()
     while spent < seconds:
-        for _, x, y in batches(engine, c, done // steps, done % steps):
+        for x, y in batches(engine, c, done // steps, done % steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(min(1.0, spent / seconds), lr)
             sums.append(train_step(model, optimizer, scaler, x, y, c, dtype))
