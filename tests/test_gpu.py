@@ -42,7 +42,7 @@ def test_the_queue_killed_and_resumed_leaves_every_record(tmp_path):
     second = start(out)
     told = second.communicate(timeout=HOUR)[0].splitlines()
     assert second.returncode == 0 and told[-1] == "left: nothing", told
-    assert {f"{part}: done before" for part in ("kernels", "settings", "profile")} <= set(told)
+    assert {f"{part}: done before" for part in ("kernels", "settings")} <= set(told)
     assert not any("light25-seed0" in line for line in told)
     assert (out / "light25" / "light25-seed0" / "record.json").read_bytes() == kept
     assert recorded("light25-seed1", out / "light25")["test_accuracy"] > 0  # its seal holds
@@ -51,7 +51,7 @@ def test_the_queue_killed_and_resumed_leaves_every_record(tmp_path):
     assert set(step["ratio"]) == {"five lines", "five lines, NCHW"} and set(whole["ratio"]) == {"the authors' way, 1 workers"}
     archives = {file.name: tarfile.open(file).getnames() for file in out.glob("*.tar.gz")}
     assert set(archives) == {f"{part}.tar.gz" for part in gpu.PARTS}
-    assert not any("/work/" in name for names in archives.values() for name in names)
+    assert not any("work" in name.split("/") for names in archives.values() for name in names)
     with tarfile.open(out / "arms.tar.gz") as tar:
         tar.extractall(tmp_path, filter="data")
     assert merge([tmp_path / "arms"], tmp_path / "merged") == 3

@@ -181,7 +181,7 @@ def train_seeds(options, device, out):
     from convmixer_edu.train import Stopped, train
     for seed in range(SEEDS if not options.small else 2):
         name = f"light25-seed{seed}"
-        if (out / name).exists() or (results_folder() / name).exists():
+        if (out / name).exists() or not options.small and (results_folder() / name).exists():
             continue
         run, c = out / "work" / name, replace(light25(options), seed=seed)
         try:
