@@ -176,3 +176,8 @@ def test_defaults_are_imagenets():
 
 def test_an_image_of_one_patch_is_enough():
     assert count_macs(8, 1, 3, 7, image_size=7) == 8 * (9 + 8 + 3 * 49 + 1000)
+
+
+def test_a_convolution_of_one_channel_is_not_depthwise():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 1, 1), nn.Conv2d(1, 2, 1))
+    assert [x.kind for x in layers(model, 5, in_chans=1)] == ["convolution", "pointwise", "pointwise"]
