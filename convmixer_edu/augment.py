@@ -536,7 +536,9 @@ def _draw_erase(p, mode, count, shape, generator, area=(0.02, 1 / 3),
     "Boxes (4, B), empty without a hit; noise (B, C, H, W), 0 there, or None."
     c, height, width = shape
     box = np.zeros((4, count))
-    noise = torch.zeros(count, c, height, width) if mode == "pixel" else None
+    noise = None
+    if mode == "pixel":
+        noise = torch.zeros(count, c, height, width, dtype=torch.float32)
     hit = (_uniform(generator, count) < p).nonzero()[0]
     if len(hit):
         w, h, fits = _first_fit(area, ratio, width, height, generator,
@@ -546,7 +548,7 @@ def _draw_erase(p, mode, count, shape, generator, area=(0.02, 1 / 3),
         box[:, hit] = top, top + h * fits, left, left + w
     if len(hit) and noise is not None:
         noise[hit] = torch.randn(len(hit), c, height, width,
-                                 generator=generator)
+                                 generator=generator, dtype=torch.float32)
     return box, noise
 
 
@@ -602,7 +604,8 @@ def mix(
 def _targets(num_classes, smoothing):
     "What each class asks for, (n, n): a part is spread over all."
     spread = smoothing / num_classes
-    shares = torch.full((num_classes, num_classes), spread)
+    shares = torch.full((num_classes, num_classes), spread,
+                        dtype=torch.float32)
     return shares.fill_diagonal_(1 - smoothing + spread)
 
 

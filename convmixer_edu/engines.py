@@ -39,6 +39,7 @@ class _Packing:
         parts = self._draw(len(index), g)
         parts["index"] = np.from_dlpack(index)[None]
         packed = torch.empty(sum(self.sizes.values()), len(own),
+                             dtype=torch.float32,
                              pin_memory=self.device.type == "cuda")
         start, numbers = 0, packed.numpy()
         for name, size in self.sizes.items():

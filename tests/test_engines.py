@@ -371,3 +371,16 @@ def test_a_cuda_graph_makes_other_steps(data, preset):
 
 def test_timm_keeps_its_pictures_on_the_cpu(data):
     assert Timm(data, PAPER, MEAN, STD).loader.dataset.images is data.images
+
+
+def test_the_default_type_of_numbers_changes_nothing(data):
+    def first():
+        return next(make("batched", data, PAPER).batches(0, steps_of(data)))
+
+    plain = first()
+    torch.set_default_dtype(torch.float64)
+    try:
+        other = first()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(a.dtype == b.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(plain, other))
