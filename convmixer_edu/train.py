@@ -170,7 +170,7 @@ def _commit():
     env |= {"GIT_CEILING_DIRECTORIES": str(root.parent),
             "GIT_OPTIONAL_LOCKS": "0"}
     with suppress(OSError, ValueError, subprocess.SubprocessError):
-        if (root / ".git").exists() and "lib_name = convmixer_edu" in (
+        if (root / ".git").exists() and "lib_path = convmixer_edu" in (
                 root / "settings.ini").read_text("utf8"):
             return subprocess.run(_ASK, cwd=root, env=env, timeout=60,
                                   capture_output=True, text=True,
@@ -279,8 +279,9 @@ def _check_checkpoint(run: Run, file, tensors, meta):
     for wrong, words in [
             (meta["recipe"] != recipe, "belongs to another run"),
             (not 0 <= step <= total, f"is of step {step} of {total}"),
-            (file.name != step_file(step), f"is named so at step {step}"),
-            (epochs != [*range(1, step // run.steps + 1)],
+            (file.name != step_file(step), f"is of step {step}, its name says another"),
+            (epochs != [*range(1, len(epochs) + 1)]
+             or len(epochs) != step // run.steps,
              f"tells of {len(epochs)} epochs after {step} steps"),
             (meta["seconds"] < 0, "took less than no time")]:
         if wrong:
