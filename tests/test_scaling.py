@@ -136,7 +136,8 @@ def test_shards_hold_each_row_once(n, world):
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "mps"])
 def test_a_device_that_cannot_be_shared_is_refused(device):
-    with patch.dict(os.environ, WORLD_SIZE="2", RANK="0", LOCAL_RANK="0"), patch("torch.cuda.device_count", return_value=0):
+    torchrun = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    with patch.dict(os.environ, torchrun), patch("torch.cuda.device_count", return_value=0):
         with pytest.raises(ValueError, match=r"expected cpu, or cuda with a GPU for each .* \(--nproc-per-node\)"):
             d.setup(device)
 

@@ -361,15 +361,6 @@ def test_a_damaged_note_is_named(finished, name, tmp_path):
         t.train(TINY, "digits", out, resume=True, device="cpu")
 
 
-def test_a_run_begun_before_a_setting_existed_goes_on(finished, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(finished[0], out)
-    old = json.loads((out / "config.json").read_text())
-    del old["config"]["alternating"]
-    (out / "config.json").write_text(json.dumps(old))
-    assert t.train(TINY, "digits", out, resume=True, device="cpu") == finished[1]
-
-
 def test_runs_for_the_ledger_stop_in_time_and_go_on(tmp_path, capsys):
     import record_runs as runs
     words = (f"digits:0 digits:1 --out {tmp_path} --data digits --device cpu --set dim=8 --set depth=1 --set epochs=1 "
