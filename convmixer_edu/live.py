@@ -60,7 +60,8 @@ def live_html(
         tiles.append(
             f'<li><img src="data:image/png;base64,{source}" alt="{name}">'
             f"<b>{html.escape(info.classes[best])}</b> "
-            f"{_percent(float(chances[best]))}<small>in truth: {name}</small></li>")
+            f"{_percent(float(chances[best]))}"
+            f"<small>in truth: {name}</small></li>")
     return ('<figure class="live"><ul class="live-stored">'
             f"{''.join(tiles)}</ul></figure>")
 
