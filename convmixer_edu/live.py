@@ -56,12 +56,12 @@ def live_html(
         file = io.BytesIO()
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG")
         source = base64.b64encode(file.getvalue()).decode()
-        best, name = int(chances.argmax()), html.escape(name)
+        chance, best = chances.max(0)
+        answer, name = html.escape(info.classes[best]), html.escape(name)
+        truth = "" if name == answer else f"<small>in truth: {name}</small>"
         tiles.append(
             f'<li><img src="data:image/png;base64,{source}" alt="{name}">'
-            f"<b>{html.escape(info.classes[best])}</b> "
-            f"{_percent(float(chances[best]))}"
-            f"<small>in truth: {name}</small></li>")
+            f"<b>{answer}</b> {_percent(float(chance))}{truth}</li>")
     return ('<figure class="live"><ul class="live-stored">'
             f"{''.join(tiles)}</ul></figure>")
 
