@@ -500,8 +500,8 @@ def _columns(schema, source):
     found = []
     for what, tag, fits in (("picture", "Image", is_picture),
                             ("label", "ClassLabel", is_label)):
-        names = [n for n in schema.names if noted.get(n) == tag]
-        names = names or [f.name for f in schema if fits(f.type)]
+        fitting = [f.name for f in schema if fits(f.type)]
+        names = [n for n in fitting if noted.get(n) == tag] or fitting
         found.append(_choose_column(names, what, schema.names, source))
     picture, label = found
     names = features.get(label, {}).get("names")

@@ -6,6 +6,7 @@ __all__ = ['keep_compiled_code_private', 'by_shifts', 'by_compiled_shifts', 'by_
 
 # %% ../nbs/P1_gradient.ipynb #bab47789
 import functools
+import getpass
 import importlib.util
 import logging
 import os
@@ -34,6 +35,17 @@ def keep_compiled_code_private() -> None:
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         if os.environ.get(name, usual).startswith(usual):
             os.environ[name] = os.path.join(_compiled(), name.split("_")[0])
+    with suppress(OSError, KeyError):  # a user without a name
+        _keep_headers_private(Path(usual + getpass.getuser()))
+
+
+def _keep_headers_private(folder):
+    "Compiled headers go to torch's own place in any case, if it is ours"
+    if is_own(folder):
+        make_private(folder)
+    else:
+        from torch._inductor import config
+        config.cpp_cache_precompile_headers = False
 
 
 def _compiled():
