@@ -24,8 +24,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from .anatomy import count_macs, count_parameters
-from .checkpoint import write_atomically
-from .depthwise import can_use, fast_depthwise
+from .checkpoint import CheckpointError, write_atomically
+from .data import cache_folder, is_own, make_private
+from .depthwise import (can_use, fast_depthwise,
+                                     keep_compiled_code_private)
 from .model import ConvMixer
 
 # %% ../nbs/P2_speed.ipynb #f1d7d330
@@ -236,6 +238,7 @@ class CompiledSequential(nn.Sequential):
 
 def _compile(part, choice):
     "Compile a Sequential in place, as one piece"
+    keep_compiled_code_private()
     part.__class__ = CompiledSequential
     part.compile(dynamic=False, options={
         "layout_optimization": choice.layout_optimization})
@@ -468,15 +471,18 @@ def _key(work, device):
 
 
 def _cache_file():
-    "Where choices are kept, beside the decoded images"
-    root = os.environ.get("CONVMIXER_CACHE") or "~/.cache/convmixer_edu"
-    return Path(root).expanduser() / "speed.json"
+    "Where choices are kept, beside the decoded images; None: nowhere"
+    folder = cache_folder()
+    return folder and folder / "speed.json"
 
 
 def _read_cache(file=None):
-    "The choices kept so far; a damaged file counts as none"
+    "The choices kept; a damaged file or another user's counts as none"
+    ours = _cache_file()
+    if file is None and (ours is None or not is_own(ours)):
+        return {}
     try:
-        kept = json.loads((file or _cache_file()).read_text())
+        kept = json.loads((file or ours).read_text())
         return {key: Choice(**fields) for key, fields in kept.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
@@ -529,11 +535,14 @@ def remember_all(
 
 def _keep(new):
     "Add to the cache; another process may have written to it meanwhile"
+    file = _cache_file()
+    if file is None:
+        return
     kept = {**_read_cache(), **new}
     text = json.dumps({k: asdict(c) for k, c in kept.items()}, indent=1)
-    with contextlib.suppress(OSError):  # a disk that is full, or read-only
-        _cache_file().parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(_cache_file(), text.encode())
+    with contextlib.suppress(OSError, CheckpointError):  # a disk that is full
+        make_private(file.parent)
+        write_atomically(file, text.encode())
 
 # %% ../nbs/P2_speed.ipynb #69e180be
 def profile_step(
