@@ -25,6 +25,7 @@ from .checkpoint import write_atomically
 from .deploy import (clock, distance, enough, export_onnx,
                                   fold_norms, in_turn, onnx_runner,
                                   optimize_for_inference)
+from .escape import markdown, visible
 from .ledger import pretrained_run, results_folder
 from .inference import choose_device, load_run
 from .model import PAPER_MODELS, ConvMixer
@@ -329,7 +330,8 @@ def _open_record(file, device, batch_size):
     if file.exists():
         try:
             record = json.loads(file.read_text())
-        except ValueError as error:
+            dict(record["race"]), dict(record["parts"])
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file} is damaged ({error}): expected a "
                              "record, move it away") from None
         other = [key for key in begun if record.get(key) != begun[key]]
@@ -561,11 +563,12 @@ def print_record(
     for name in record["race"]:
         if told := images_per_second(record, name):
             print("{:28} {:8.2f} images/s  ({:.2f} to {:.2f})".format(
-                name, *told))
+                visible(name), *told))
     if fast := record["parts"].get("fast"):
-        print(f"{fast['network']} by {fast['chosen']}: {fast['ratio']:.2f} "
-              f"times timm's eager float32 ({fast['spread'][0]:.2f} to "
-              f"{fast['spread'][1]:.2f}), {fast['difference']:.1%} off, "
+        print(f"{visible(fast['network'])} by {visible(fast['chosen'])}: "
+              f"{fast['ratio']:.2f} times timm's eager float32 ("
+              f"{fast['spread'][0]:.2f} to {fast['spread'][1]:.2f}), "
+              f"{fast['difference']:.1%} off, "
               f"{fast['tolerance']:.0%} allowed")
 
 # %% ../nbs/A_comparisons.ipynb #0674b19f
