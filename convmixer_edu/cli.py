@@ -154,7 +154,8 @@ def _table(rows, header=None):
                   padding=(0, 3, 0, 0))
     for name, *cells in zip(header or rows[0], *rows):
         numbers = all(re.fullmatch(r"[\d,.]+( %)?", c) for c in cells)
-        table.add_column(name, justify="right" if numbers else "left")
+        table.add_column(name, justify="right" if numbers else "left",
+                         overflow="fold")  # nothing is cut off
     for row in rows:
         table.add_row(*map(visible, row))
     console = _console(sys.stdout)

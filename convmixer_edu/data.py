@@ -568,8 +568,8 @@ def _hub_file(cell, name):
     "As `_cell_file`; a path may point into the Hub's own cache."
     datasets = _datasets()
     path = None if cell is None or cell["bytes"] else cell["path"]
-    cache = Path(datasets.config.HF_CACHE_HOME).expanduser()
-    if path and Path(path).is_relative_to(cache):
+    cache = Path(datasets.config.HF_CACHE_HOME).expanduser().resolve()
+    if path and Path(path).resolve().is_relative_to(cache):
         return path
     return _cell_file(cell, name)
 

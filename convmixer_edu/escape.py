@@ -23,7 +23,7 @@ def markdown(
     text,  # anybody's
 ) -> str:
     "The same text inside a line of Markdown or HTML, where no sign acts"
-    return re.sub(r"[!-$&'*:-<>-@\[-`{-~]|(?<=www)\.",
+    return re.sub(r"[!-$&'*:-<>-@\[-`{-~]|\.(?=[^\W\d])",
                   lambda sign: f"&#{ord(sign[0])};", visible(text))
 
 
