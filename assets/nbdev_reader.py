@@ -218,6 +218,17 @@ def copy_mathjax(app):
             shutil.copyfile(home / name, target)
 
 
+def copy_network(app):
+    """Put the run whose network comes with the package where the pages' script looks for it."""
+    from convmixer_edu.ledger import pretrained_run
+
+    if app.builder.format == "html":
+        target = Path(app.outdir) / "_static" / "live" / "run"
+        target.mkdir(parents=True, exist_ok=True)
+        for name in ("config.json", "model.safetensors"):
+            shutil.copyfile(pretrained_run() / name, target / name)
+
+
 def drop_thebe(app, config):
     """Leave out the live code that Jupyter Book brings along: no page uses it, and its scripts name another host."""
     for name in ("builder-inited", "env-before-read-docs", "doctree-resolved"):
@@ -249,6 +260,7 @@ def setup(app):
     app.connect("config-inited", use_reader)
     app.connect("config-inited", drop_thebe)
     app.connect("builder-inited", copy_mathjax)
+    app.connect("builder-inited", copy_network)
     app.connect("doctree-read", mark_exports)
     app.connect("autodoc-process-docstring", add_docments)
     app.connect("autodoc-skip-member", skip_member)
