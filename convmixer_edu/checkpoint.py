@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .data import written_aside
+
 # %% ../nbs/06b_checkpoint.ipynb #54ccfba3
 class CheckpointError(ValueError):
     "A checkpoint that cannot be written, read or trusted"
@@ -34,16 +36,11 @@ def write_atomically(
     Written aside, flushed to the disk, then renamed. Raises `CheckpointError`
     when it cannot be written; what was there before stays as it was."""
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(aside, "wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(aside, path)
+        with written_aside(path) as aside:
+            aside.write_bytes(data)
         _sync_folder(path.parent)
     except OSError as error:
-        _forget(aside)
         raise CheckpointError(
             f"{path} could not be written ({_reason(error)}): make room or "
             "choose another folder, the file before it is untouched"

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import statistics
-import tempfile
 import time
 import warnings
 from copy import deepcopy
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .data import _brief, written_aside
 from .speed import Choice, _wait, choices, frozen, time_step
 
 # %% ../nbs/P4_deploy.ipynb #81a19ec8
@@ -241,11 +241,13 @@ def _into(file, write, check):
     if not file.parent.is_dir():
         raise ValueError(f"there is no folder {file.parent} for {file.name}: "
                          "make it first")
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        draft = Path(folder)/file.name
-        write(draft)
-        worst = check(draft)
-        os.replace(draft, file)
+    try:
+        with written_aside(file) as draft:
+            write(draft)
+            worst = check(draft)
+    except OSError as error:
+        raise ValueError(f"{file} could not be written ({_brief(error)}): "
+                         "make room or choose another folder") from error
     return {"file": str(file), "bytes": file.stat().st_size,
             "difference": worst}
 

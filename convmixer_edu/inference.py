@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from .augment import normalize
 from .checkpoint import (CheckpointError, check_run,
                                       check_tensors, read_checkpoint)
-from .data import ImageSet, expand, load_images, read_image
+from .data import (ImageSet, expand, load_images,
+                                picture_suffixes, read_image)
 from .distributed import all_sum, rank, shard, world
 from .ledger import check_record
 from .recipe import (Config, make_model, read_setup,
@@ -239,7 +239,7 @@ def find_pictures(
     paths: list,  # files, and folders, whose pictures are listed in order
 ) -> list[Path]:
     "The files, and the pictures in the folders; an empty one is an error"
-    known, found = set(Image.registered_extensions()), []
+    known, found = picture_suffixes(), []
     for path in map(expand, paths):
         inside = sorted(
             file for file in path.rglob("*")

@@ -382,14 +382,14 @@ def test_hub(monkeypatch):
     table = datasets.Dataset.from_dict(
         {"img": [Image.fromarray(p) for p in pictures], "label": [0, 1] * 6}, features=features)
 
-    def load_dataset(name, split):
-        asked.append((name, split))
+    def load_dataset(name, split, revision):
+        asked.append((name, split, revision))
         return table
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(data, "_hub_reachable", lambda: True)
     s = load_images()
-    assert torch.equal(s.images, to_chw(pictures)) and asked == [(DEFAULT_SOURCE, "train")]
+    assert torch.equal(s.images, to_chw(pictures)) and asked == [(DEFAULT_SOURCE, "train", "0b2714987fa478483af9968de7c934580d0bb9a2")]
     monkeypatch.setattr(data, "_hub_reachable", lambda: False)
     assert load_images().fingerprint == s.fingerprint and len(asked) == 1  # the cache needs no network
 
