@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['app', 'Json', 'Device', 'RunFolder', 'Weights', 'PRESET_NAMES', 'PUBLISHED_NAMES', 'TABLES', 'SCALE_NAMES', 'Failure',
            'main', 'info_command', 'train_command', 'ablate_command', 'evaluate_command', 'predict_command',
-           'export_command', 'compare_command']
+           'export_command']
 
 # %% ../nbs/11_command_line.ipynb #d4450afd
 import errno
@@ -20,6 +20,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
+from .escape import visible
 
 # %% ../nbs/11_command_line.ipynb #97b62cc8
 app = typer.Typer(add_completion=False, rich_markup_mode=None,
@@ -92,8 +93,8 @@ def _explain(error):
 
 # %% ../nbs/11_command_line.ipynb #17caedf8
 def _say(text):
-    "One line on stderr"
-    print("convmixer:", " ".join(str(text).split()), file=sys.stderr)
+    "One line on stderr, in which nothing of a stranger's acts"
+    print("convmixer:", visible(" ".join(str(text).split())), file=sys.stderr)
 
 
 def _at_home(word):
@@ -153,9 +154,10 @@ def _table(rows, header=None):
                   padding=(0, 3, 0, 0))
     for name, *cells in zip(header or rows[0], *rows):
         numbers = all(re.fullmatch(r"[\d,.]+( %)?", c) for c in cells)
-        table.add_column(name, justify="right" if numbers else "left")
+        table.add_column(name, justify="right" if numbers else "left",
+                         overflow="fold")  # nothing is cut off
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(visible, row))
     console = _console(sys.stdout)
     with console.capture() as text:
         console.print(table)
@@ -288,7 +290,7 @@ def _read_note(run, name="config.json"):
     except (FileNotFoundError, NotADirectoryError):
         raise Failure(f"{run} holds no run: {name} is missing, expected a "
                       "folder that convmixer train made") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Failure(f"{file} is damaged ({error}): expected what "
                       "convmixer train writes") from None
     for key, kind in _PARTS[name].items():
@@ -521,7 +523,8 @@ def _first(do):
 def _fetch(mirror, out):
     "Take a run from its mirror, before anything looks into its folder"
     from convmixer_edu.checkpoint import fetch_mirror
-    _first(lambda: fetch_mirror(mirror, out))
+    if not (out / "config.json").exists():  # else the trainer does it
+        _first(lambda: fetch_mirror(mirror, out))
 
 
 def _train(config, source, out, resume, device, mirror, watch, files, args,
@@ -586,7 +589,7 @@ class _Progress:
     def __call__(self, run):
         task = self.known[run["scale"], run["name"]]
         if "failed" in run:
-            result = run["failed"]
+            result = visible(run["failed"])
         else:
             self.spent += run["seconds"]
             self.done += task.work
@@ -909,36 +912,6 @@ def _show_export(told):
              f"{1000 * row['least']:.2f} to {1000 * row['most']:.2f}")
             for row in told["latency"]],
            ("asked by", "images", "ms", "of five rounds"))
-
-# %% ../nbs/11_command_line.ipynb #66aab60e
-@app.command("compare")
-def compare_command(
-    out: Annotated[Path, typer.Option(
-        metavar="FILE", help="The record; one that is there is "
-        "continued.")] = Path("compare.json"),
-    seconds: Annotated[float, typer.Option(
-        help="Nothing new is begun after that.")] = 540.0,
-    networks: Annotated[list[str] | None, typer.Option(
-        "--network", metavar="NAME", help="Race this one of timm's networks, "
-        "and measure nothing else; may be given again. Default: those of the "
-        "comparison.")] = None,
-    batch_size: Annotated[int | None, typer.Option(
-        min=1, help="Images a call.")] = None,
-    device: Device = None,
-    as_json: Json = False,
-) -> None:
-    "Measure timm's networks on this machine, in turn."
-    _check_words(None, device)
-    from convmixer_edu import compare
-    only = {"networks": tuple(networks), "parts": ()} if networks else {}
-    record = compare.measure(out, device, seconds, batch_size, **only,
-                             report=_say)
-    if as_json:
-        print(json.dumps(record))
-        return
-    compare.print_record(record)
-    if not record["complete"]:
-        _say("there is more to measure: call again to go on")
 
 # %% ../nbs/11_command_line.ipynb #10ba3dee
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook

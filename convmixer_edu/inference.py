@@ -5,7 +5,6 @@ __all__ = ['Statistics', 'statistics', 'score', 'choose_device', 'RunInfo', 'loa
            'find_pictures']
 
 # %% ../nbs/06c_inference.ipynb #534e1e46
-import json
 import math
 import os
 import time
@@ -17,11 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .augment import normalize
-from .checkpoint import CheckpointError, read_checkpoint
+from .checkpoint import (CheckpointError, check_run,
+                                      check_tensors, read_checkpoint)
 from .data import (ImageSet, expand, load_images,
                                 picture_suffixes, read_image)
 from .distributed import all_sum, rank, shard, world
-from .recipe import Config, make_model, with_settings
+from .ledger import check_record
+from .recipe import (Config, make_model, read_setup,
+                                  recipe_digest)
 from .speed import autocast, choose_precision
 
 # %% ../nbs/06c_inference.ipynb #d0a244ab
@@ -136,36 +138,43 @@ def load_run(
 ) -> tuple[nn.Sequential, RunInfo]:  # in evaluation mode, on the CPU
     """The trained model of a run
 
-    Raises `ValueError` when the folder holds no finished run, or its weights
-    are damaged."""
+    Raises `ValueError` when the folder holds no finished run, or something
+    in it was damaged or changed."""
     run = expand(run)
     note, weights = run / "config.json", run / "model.safetensors"
     if not note.exists() or not weights.exists():
         missing = note.name if not note.exists() else weights.name
         raise ValueError(f"{run} holds no finished run: {missing} is missing, "
                          "train one or go on with --resume")
-    try:
-        old = json.loads(note.read_text())
-        info = RunInfo(with_settings(Config(), old["config"]),
-                       tuple(old["classes"]), old["channels"],
-                       tuple(old["image_size"]),
-                       Statistics(tuple(old["mean"]), tuple(old["std"])))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{note} is damaged ({error}): expected what a run "
-                         "writes") from None
-    return _model_from(info, weights), info
+    if (run / "record.json").exists():
+        check_record(run)
+    elif (run / "run.json").exists():
+        check_run(run)
+    config, setup = read_setup(note)
+    info = RunInfo(config, tuple(setup["classes"]), setup["channels"],
+                   tuple(setup["image_size"]),
+                   Statistics(tuple(setup["mean"]), tuple(setup["std"])))
+    return _model_from(info, weights, recipe_digest(setup)), info
 
 # %% ../nbs/06c_inference.ipynb #85e56e59
-def _model_from(info, weights):
+def _model_from(info, weights, recipe):
     "The model of a run with its trained weights, ready to evaluate"
-    model = make_model(info.config, len(info.classes), info.channels)
-    tensors, _ = read_checkpoint(weights)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{weights} does not fit its config.json: "
-            f"{str(error).splitlines()[1].strip()}") from None
+    wrong = f"{weights} does not fit its config.json"
+    tensors, meta = read_checkpoint(weights)
+    if meta.get("recipe", recipe) != recipe:  # none up to 0.1.0
+        raise CheckpointError(f"{wrong}: one of them was changed or is of "
+                              "another run, copy both anew")
+    if info.config.depth > len(tensors):  # before it is built
+        raise CheckpointError(f"{wrong}: {len(tensors)} tensors are too few "
+                              f"for depth {info.config.depth}")
+    sizes = info.config, len(info.classes), info.channels
+    tensors = {name: t.float() if t.dtype == torch.float16 else t
+               for name, t in tensors.items()}  # as records keep them
+    with torch.device("meta"):
+        model = make_model(*sizes).float()
+    check_tensors(tensors, model.state_dict(), wrong)
+    model = model.to_empty(device="cpu")
+    model.load_state_dict(tensors)
     return model.eval().to(memory_format=torch.channels_last)
 
 # %% ../nbs/06c_inference.ipynb #50b49687

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import http.server
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from bs4 import BeautifulSoup
 from conftest import HOUR, ROOT, environment, real_data
 from first_cell import reference
 from nbdev.config import get_config
+from nbdev_reader import POLICY
 
 from convmixer_edu.anatomy import count_macs
 from convmixer_edu.claims import claims
@@ -78,6 +80,22 @@ def test_page_asks_no_other_host(built, page):
     outside = [address for address in wanted if address and urlsplit(address).netloc]
     assert not outside
     assert not re.search(r"(import|fetch|importScripts)\s*\(?\s*[\"'](https?:)?//", scripts)
+    (policy,) = soup(page).select("head meta[http-equiv=Content-Security-Policy]")
+    assert policy["content"] == POLICY and not policy.find_previous("script"), "the policy comes after a script"
+    assert "default-src 'none'" in POLICY and "//" not in POLICY and "*" not in POLICY
+    assert "thebe" not in (HTML / f"{page}.html").read_text("utf8")
+    leaving = [link for link in soup(page).select("a[href]") if urlsplit(link["href"]).netloc]
+    assert not [link["href"] for link in leaving if "noopener" not in link.get("rel", [])]
+
+
+def test_the_policy_of_a_page_stops_a_request(site, tab):
+    """A picture of another host, put into a page, is not asked for: a browser that heeds the policy says so."""
+    asked, complaints = tab.open(f"{site}{PAGES[0]}.html")
+    assert not complaints
+    script = """new Promise(done => {
+        document.addEventListener("securitypolicyviolation", event => done(event.blockedURI));
+        new Image().src = "http://127.0.0.1:9/x.png"; setTimeout(done, 5000)})"""
+    assert tab.evaluate(script) == "http://127.0.0.1:9/x.png"
 
 
 @every_page
@@ -202,3 +220,32 @@ def test_page_in_a_browser(site, tab, page):
         assert tab.evaluate("document.querySelectorAll('mjx-merror').length") == 0, "a broken formula"
         formulas = tab.evaluate("document.querySelectorAll('article .math').length")
         assert tab.evaluate("document.querySelectorAll('article mjx-container').length") >= formulas
+
+
+TYPE = """(text => { const form = document.querySelectorAll('form.exercise')[NUMBER]
+    form.querySelector('input').value = text
+    form.querySelector('button').click()
+    return [form.dataset.state, form.querySelector('p').textContent] })(TEXT)"""
+
+
+@every_notebook
+def test_exercises_answer_in_the_page(site, tab, page):
+    """Typed: the right answer, each known mistake and nonsense, with the sentences that the notebook has."""
+    forms = [json.loads(form["data-known"]) for form in soup(page).select("form.exercise")]
+    if not forms:
+        return
+    tab.open(f"{site}{page}.html")
+
+    def typed(number, value):
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        return tab.evaluate(TYPE.replace("NUMBER", str(number)).replace("TEXT", json.dumps(text)))
+
+    for number, known in enumerate(forms):
+        assert typed(number, known["right"]) == ["right", f"Right. {known['ok']}"]
+        for mistake, sentence in known["wrong"]:
+            if isinstance(mistake, list) == isinstance(known["right"], list):
+                assert typed(number, mistake) == ["wrong", f"Not yet. {sentence}"], (known, mistake)
+        state, sentence = typed(number, "§ nothing §")
+        assert state == "wrong" and ("could not be read" in sentence or known["other"] in sentence)
+    tab.open(f"{site}{page}.html")  # the last answers are remembered
+    assert tab.evaluate("document.querySelector('form.exercise input').value") == "§ nothing §"
