@@ -122,6 +122,17 @@ def test_what_is_no_file_is_not_waited_for(kind, tmp_path):
         load_images(tmp_path)
 
 
+@posix_only
+def test_a_pipe_beside_weights_is_not_waited_for(tmp_path):
+    from safetensors.torch import save_file
+    save_file({"0.weight": torch.zeros(1)}, tmp_path / "w.safetensors")
+    os.mkfifo(tmp_path / "config.json")
+    assert pretrained.read_weights(tmp_path / "w.safetensors")[1] is None
+    os.mkfifo(tmp_path / "pipe.pth")
+    with pytest.raises(CheckpointError, match="there is no file"):
+        pretrained.read_weights(tmp_path / "pipe.pth")
+
+
 def test_what_could_start_a_program_is_no_picture(tmp_path):
     """Neither in a class folder nor for `predict`."""
     assert {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".ppm"} <= picture_suffixes()
