@@ -170,7 +170,7 @@ def _formats():
 def picture_suffixes() -> set[str]:
     "What the names of picture files end in: .png, .jpg and the like."
     return {suffix for suffix, kind in Image.registered_extensions().items()
-            if kind in _formats()}
+            if kind in _RASTER}
 
 
 def _check_regular(file):

@@ -13,6 +13,7 @@ import time
 import warnings
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -301,9 +302,9 @@ def export_onnx(
 # %% ../nbs/P4_deploy.ipynb #97983da4
 def _load_exported(file):
     "A .pt2 file as a function; torch remarks on buffers it only reads"
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), open(file, "rb") as handle:
         warnings.filterwarnings("ignore", "The given buffer is not writable")
-        return torch.export.load(file).module()
+        return torch.export.load(handle).module()
 
 
 def export_torch(
@@ -320,12 +321,14 @@ def export_torch(
     model, images = _plain_copy(model, shape)
 
     def write(draft):
+        made = BytesIO()  # torch's own writer aborts on a full disk
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(model, (images,), dynamic_shapes=(
                 {0: torch.export.Dim("batch")},))
-            torch.export.save(program, draft, extra_files={
+            torch.export.save(program, made, extra_files={
                 "notes.json": json.dumps(notes or {})})
+        draft.write_bytes(made.getvalue())
 
     def check(draft):  # written a moment ago, by us
         return _checked(_load_exported(draft), model, images, tolerance,

@@ -314,8 +314,11 @@ def _read_torch(file):
 
 def _said_beside(file):
     "The architecture that a config.json beside the file tells, as on the Hub"
+    beside = file.with_name("config.json")
+    if not beside.is_file():  # none, or a pipe that might never answer
+        return None
     try:
-        note = json.loads(file.with_name("config.json").read_text("utf8"))
+        note = json.loads(beside.read_text("utf8"))
     except (OSError, ValueError):
         return None
     return note.get("architecture") if isinstance(note, dict) else None

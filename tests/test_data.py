@@ -394,6 +394,16 @@ def test_hub(monkeypatch):
     assert load_images().fingerprint == s.fingerprint and len(asked) == 1  # the cache needs no network
 
 
+def test_another_revision_from_the_hubs_cache_is_refused(monkeypatch, tmp_path):
+    """Where the line breaks, `datasets` falls back on whatever it has."""
+    datasets = pytest.importorskip("datasets", reason="the Hub is read by `datasets`")
+    datasets.Dataset.from_dict({"img": [b"x"], "label": [0]}).save_to_disk(tmp_path / "other")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.load_from_disk(tmp_path / "other"))
+    monkeypatch.setattr(data, "_hub_reachable", lambda: True)
+    with pytest.raises(ValueError, match="only another revision is here"):
+        load_images()
+
+
 def test_hub_errors(monkeypatch):
     datasets = pytest.importorskip("datasets", reason="the Hub is read by `datasets`")
     with pytest.raises(FileNotFoundError, match="cannot be reached: set CONVMIXER_DATA to a folder"):
