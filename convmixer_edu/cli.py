@@ -323,7 +323,11 @@ def _source_of(run, data):
     if began == DEFAULT_SOURCE:
         return resolve_source()
     hub = "/" in began and not Path(began).is_absolute()
-    if began == "digits" or hub or Path(began).is_dir():
+    if hub or Path(began).is_dir():  # who knows who wrote that
+        _first(lambda: _say(f"images from {began}, as {run} says; --data "
+                            "takes others"))
+        return began
+    if began == "digits":
         return began
     if "CONVMIXER_DATA" in os.environ:
         return resolve_source()
