@@ -170,7 +170,7 @@ def main():
         python = make_environment(args.keep or folder / "venv", args.python, args.lower)
         install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--force-reinstall", wheel]
         subprocess.run(install, check=True)
-        for path in chapters:
+        for path in (folder / "source" / "nbs" / path.name for path in chapters):  # of when the wheel was built
             if args.only and path.stem not in args.only:
                 continue
             found, count = run_chapter(python, path, args.data)
