@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['app', 'Json', 'Device', 'RunFolder', 'Weights', 'PRESET_NAMES', 'PUBLISHED_NAMES', 'TABLES', 'SCALE_NAMES', 'Failure',
            'main', 'info_command', 'train_command', 'ablate_command', 'evaluate_command', 'predict_command',
-           'export_command', 'compare_command']
+           'export_command']
 
 # %% ../nbs/11_command_line.ipynb #d4450afd
 import errno
@@ -905,36 +905,6 @@ def _show_export(told):
              f"{1000 * row['least']:.2f} to {1000 * row['most']:.2f}")
             for row in told["latency"]],
            ("asked by", "images", "ms", "of five rounds"))
-
-# %% ../nbs/11_command_line.ipynb #66aab60e
-@app.command("compare")
-def compare_command(
-    out: Annotated[Path, typer.Option(
-        metavar="FILE", help="The record; one that is there is "
-        "continued.")] = Path("compare.json"),
-    seconds: Annotated[float, typer.Option(
-        help="Nothing new is begun after that.")] = 540.0,
-    networks: Annotated[list[str] | None, typer.Option(
-        "--network", metavar="NAME", help="Race this one of timm's networks, "
-        "and measure nothing else; may be given again. Default: those of the "
-        "comparison.")] = None,
-    batch_size: Annotated[int | None, typer.Option(
-        min=1, help="Images a call.")] = None,
-    device: Device = None,
-    as_json: Json = False,
-) -> None:
-    "Measure timm's networks on this machine, in turn."
-    _check_words(None, device)
-    from convmixer_edu import compare
-    only = {"networks": tuple(networks), "parts": ()} if networks else {}
-    record = compare.measure(out, device, seconds, batch_size, **only,
-                             report=_say)
-    if as_json:
-        print(json.dumps(record))
-        return
-    compare.print_record(record)
-    if not record["complete"]:
-        _say("there is more to measure: call again to go on")
 
 # %% ../nbs/11_command_line.ipynb #10ba3dee
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook

@@ -474,10 +474,6 @@ def test_pictures_of_several_sizes_are_told_in_the_words_of_the_command(tmp_path
     ("export run", ["--onnx FILE", "--torch-export FILE"]),
     ("export run --torch-export net.pt2", ["run holds no run"]),
     ("export --torch-export gone/net.pt2", ["no folder gone"]),
-    ("compare --network resnet-fifty --out c.json", ["resnet-fifty", "timm"]),
-    ("compare --out gone/c.json", ["no folder gone"]),
-    ("compare --device tpu", ["no device 'tpu'"]),
-    ("compare --batch-size 0", ["--batch-size"]),
     ("info --dim ten", ["--dim", "integer"]),
     ("info --depth 0", ["depth", "0"]),
     ("info --kernel-size -3", ["kernel_size", "-3"]),
@@ -507,14 +503,6 @@ def test_export_to_onnx_tells_people_or_names_what_is_missing(trained, monkeypat
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     fails(f"export {trained} --onnx other.onnx", "onnxscript", "pip install 'convmixer-edu[export]'")
     assert not Path("other.onnx").exists()
-
-
-def test_compare_races_and_goes_on():
-    line = "compare --network test_convnext --batch-size 1 --device cpu --out c.json --json"
-    code, out, err = call(f"{line} --seconds 0")
-    assert code == 0 and not json.loads(out)["complete"]
-    code, out, err = call(f"{line} --seconds 60")
-    assert code == 0 and json.loads(out)["complete"] and len(json.loads(out)["race"]["test_convnext"]) == 5
 
 
 def test_folders_that_are_no_data(tmp_path):

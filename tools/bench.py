@@ -43,10 +43,10 @@ ROUNDS = 5
 PLAIN = speed.Choice()  # NCHW, eager, float32
 
 
-def in_turn(functions, amount, rounds=ROUNDS, end=float("inf")):
+def in_turn(functions, amount, rounds=ROUNDS, end=float("inf"), tell=lambda speeds: None):
     """{name: speeds}: each function called once a round, in turn; `amount` is what one call gets done.
 
-    After `end`, on the monotonic clock, no round but the first is begun."""
+    After `end`, on the monotonic clock, no round but the first is begun; `tell` is called after each round."""
     speeds = {name: [] for name in functions}
     for number in range(rounds):
         if number and time.monotonic() > end:
@@ -55,6 +55,7 @@ def in_turn(functions, amount, rounds=ROUNDS, end=float("inf")):
             start = time.perf_counter()
             function()
             speeds[name].append(amount / (time.perf_counter() - start))
+        tell(speeds)
     return speeds
 
 
@@ -293,9 +294,11 @@ def authors_epoch(device, c, count, workers=2):
     return epoch
 
 
-def pipeline(data, device, c, workers=(2,), rounds=ROUNDS, end=float("inf")):
-    """An epoch over some images, from pictures to updated weights, against the authors' way, in turn."""
-    batch, numbers = c.batch_size, itertools.count()
+def pipeline(data, device, c, workers=(2,), rounds=ROUNDS, end=float("inf"), tell=lambda row: None):
+    """An epoch over some images, from pictures to updated weights, against the authors' way, in turn.
+
+    `tell` gets the row after each round, since a machine may be taken away; what it waits for is printed."""
+    batch, numbers, began = c.batch_size, itertools.count(), time.monotonic()
     images = len(data) // batch * batch
     step = stepper(data, device, c)
 
@@ -304,16 +307,20 @@ def pipeline(data, device, c, workers=(2,), rounds=ROUNDS, end=float("inf")):
         order = epoch_order(len(data), 0, number)
         for i in range(images // batch):
             step(order[i * batch:(i + 1) * batch], number, i)
+
+    def row(speeds):
+        return {"name": f"whole pipeline, {sizes_of(c)}, batch {batch}, {images} images an epoch",
+                "setting": step.setting, "images_per_second": speeds, "ratio": against(speeds)}
+
     with ExitStack() as stack:
         functions = {"ours": synchronised(epoch, device)}
         for n in workers:
             theirs = stack.enter_context(elsewhere(device, authors_epoch, device, c, len(data), n))
             functions[f"the authors' way, {n} workers"] = theirs[-1]
-        for function in functions.values():
+        for name, function in functions.items():
             function()
-        speeds = in_turn(functions, images, rounds, end)
-    return {"name": f"whole pipeline, {sizes_of(c)}, batch {batch}, {images} images an epoch", "setting": step.setting,
-            "images_per_second": speeds, "ratio": against(speeds)}
+            print(f"  {time.monotonic() - began:.0f} s: {name} has made its first epoch", flush=True)
+        return row(in_turn(functions, images, rounds, end, lambda speeds: tell(row(speeds))))
 
 
 def whole_pipeline(data, device, batch, count):
