@@ -466,7 +466,7 @@ _JITTER = ("Brightness", "Contrast", "Color")
 def _draw_jitter(strength, count, generator):
     "Three times an operation and its argument."
     order = _uniform(generator, count, 3)
-    order = torch.from_numpy(order).argsort(1).numpy()
+    order = order.argsort(1)
     args = 1 + strength * (2 * _uniform(generator, count, 3) - 1)
     args = args.astype(np.float32).astype(np.float64)
     ids = np.array([OPS.index(name) for name in _JITTER])

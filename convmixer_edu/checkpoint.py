@@ -171,6 +171,7 @@ def read_checkpoint(
 # %% ../nbs/06b_checkpoint.ipynb #d15d5508
 def read_json(
     path: Path,  # a note that a run wrote, such as config.json
+    like: dict | None = None,  # what must be in it: the type of each value
 ) -> dict:
     "A run's note; `CheckpointError` when it is missing or damaged"
     try:
@@ -179,11 +180,28 @@ def read_json(
         raise CheckpointError(f"there is no {path}") from None
     except (ValueError, OSError) as error:
         note = _reason(error)
+    for key, kind in (like or {}).items() if isinstance(note, dict) else ():
+        if not _is_like(note.get(key), kind):
+            note = f"{key} is missing or of no use"
+            break
     if not isinstance(note, dict):
         raise CheckpointError(
             f"{path} is damaged ({note}): expected the note that a run "
             "writes, copy it from the mirror or start a new run")
     return note
+
+
+def _is_like(value, kind):
+    "Whether a value from JSON is of a type, or a list or dict of such"
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(
+            _is_like(v, kind[0]) for v in value)
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(
+            _is_like(value.get(key), kind[key]) for key in kind)
+    if kind is float:  # and no inf or nan
+        return isinstance(value, (int, float)) and abs(value) < 1e300
+    return isinstance(value, kind)
 
 # %% ../nbs/06b_checkpoint.ipynb #3930448b
 def save_step(
@@ -400,7 +418,14 @@ def restore(
             like = parameters[int(i)] if int(i) < len(parameters) else tensor
             if tensor.shape == like.shape:  # in memory as its parameter is
                 tensor = torch.empty_like(like).copy_(tensor)
+            elif tensor.dim():
+                raise CheckpointError("the checkpoint belongs to another "
+                                      f"model: {name} is of another shape")
             state.setdefault(int(i), {})[key] = tensor
+    if state and (len(state) != len(parameters)
+                  or len({frozenset(one) for one in state.values()}) > 1):
+        raise CheckpointError("the checkpoint lacks a part of what the "
+                              "optimiser knew")
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

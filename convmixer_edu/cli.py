@@ -277,7 +277,8 @@ def _check_folder(out, resume):
 
 # %% ../nbs/11_command_line.ipynb #78f9eeda
 _PARTS = {"config.json": {"config": dict, "source": str},
-          "command.json": {"command": str, "source": str}}
+          "command.json": {"command": str, "source": str,
+                           "device": (str, type(None))}}
 
 
 def _read_note(run, name="config.json"):
@@ -540,7 +541,7 @@ def _train(config, source, out, resume, device, mirror, watch, files, args,
 # %% ../nbs/11_command_line.ipynb #4155f34b
 def _show_run(out, record):
     "What a run gave, for people"
-    c, most = record["config"], record["peak_memory_mb"]  # None on Windows
+    c, most = record["config"], record.get("peak_memory_mb")  # None on Windows
     _table([
         ("test accuracy", f"{record['test_accuracy']:.2f} % of "
          f"{record['test_images']:,} images"),

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
@@ -158,7 +158,7 @@ def _to_rgb(image):
         high = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
         image = Image.fromarray(high.astype(np.uint8))
     if image.mode == "F":
-        raise ValueError("its pixels are floats (mode F)")
+        raise OSError("its pixels are floats (mode F)")
     if image.mode in _HAS_ALPHA or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -169,6 +169,8 @@ def _to_rgb(image):
 def open_image(file, name, upright=True):
     "A picture as Pillow's 8-bit RGB; raises as `read_image` does."
     try:
+        if not hasattr(file, "read") and Path(file).is_fifo():
+            raise OSError("it is a pipe")  # which would be waited for
         with Image.open(file) as image:
             if upright:  # as the camera noted
                 ImageOps.exif_transpose(image, in_place=True)
@@ -176,8 +178,11 @@ def open_image(file, name, upright=True):
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {name}") from None
     except Exception as error:  # each of Pillow's readers has its own kinds
+        told = isinstance(error, (OSError, Image.DecompressionBombError)) \
+            and not isinstance(error, UnidentifiedImageError)
+        why = _brief(error) if told else "its bytes are no picture"
         raise ValueError(f"{name} is not an image that can be read: "
-                         f"{_brief(error)}") from None
+                         f"{why}") from None
 
 
 def read_image(
@@ -387,16 +392,24 @@ class _ParquetTable:
                       for g in range(meta.num_row_groups)]
         self.starts, self.open = np.cumsum(sizes), None  # the group at hand
         schema = _read_parquet(files[0], lambda table: table.schema_arrow)
-        self.picture, self.label, names = _columns(schema, source)
-        known = self._values(every) if names is None else []
-        self.labels, self.classes = _number(self._values(files), names, known)
+        self.picture, self.label, self.names = _columns(schema, source)
+        known = self._values(every) if self.names is None else []
+        self.labels, self.classes = _number(
+            self._values(files), self.names, known)
 
     def _values(self, files):
         "The label column of some files, those without one left out."
+        kinds = int if self.names else (int, str)
+
         def read(table):
             if self.label not in table.schema_arrow.names:
                 return []
-            return table.read([self.label])[self.label].to_pylist()
+            values = table.read([self.label])[self.label].to_pylist()
+            if any(v is not None and not isinstance(v, kinds)
+                   for v in values):
+                raise ValueError(f"its column {self.label} is of another "
+                                 "kind than that of the first file")
+            return values
 
         return [v for file in files for v in _read_parquet(file, read)]
 
@@ -442,10 +455,16 @@ def _columns(schema, source):
     "The picture column, the label column and the class names, if noted."
     from pyarrow import types
 
+    if len(set(schema.names)) < len(schema.names):
+        raise ValueError(f"{source} has two columns of one name, expected "
+                         f"different ones: {', '.join(schema.names)}")
+
     features = {}
-    with suppress(KeyError, TypeError, ValueError):  # no note, or no such
+    with suppress(AttributeError, KeyError, TypeError, ValueError):
+        # where there is no note, or no such
         note = json.loads((schema.metadata or {})[b"huggingface"])
-        features = note["info"]["features"]
+        features = {name: dict(f) for name, f in
+                    note["info"]["features"].items()}
     noted = {name: f.get("_type") for name, f in features.items()}
 
     def is_picture(kind):
@@ -461,11 +480,13 @@ def _columns(schema, source):
     found = []
     for what, tag, fits in (("picture", "Image", is_picture),
                             ("label", "ClassLabel", is_label)):
-        names = [n for n in schema.names if noted.get(n) == tag]
-        names = names or [f.name for f in schema if fits(f.type)]
+        names = [f.name for f in schema if fits(f.type)]
+        names = [n for n in names if noted.get(n) == tag] or names
         found.append(_choose_column(names, what, schema.names, source))
     picture, label = found
-    return picture, label, features.get(label, {}).get("names")
+    names = features.get(label, {}).get("names")
+    whole = types.is_integer(schema.field(label).type) and names
+    return picture, label, names if isinstance(whole, list) else None
 
 # %% ../nbs/04_data.ipynb #6074d359
 def _choose_column(names, what, there, source):

@@ -5,7 +5,6 @@ __all__ = ['Statistics', 'statistics', 'score', 'choose_device', 'RunInfo', 'loa
            'find_pictures']
 
 # %% ../nbs/06c_inference.ipynb #534e1e46
-import json
 import math
 import os
 import time
@@ -18,7 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .augment import normalize
-from .checkpoint import CheckpointError, read_checkpoint
+from .checkpoint import (CheckpointError, read_checkpoint,
+                                      read_json)
 from .data import ImageSet, expand, load_images, read_image
 from .distributed import all_sum, rank, shard, world
 from .recipe import Config, make_model, with_settings
@@ -131,6 +131,10 @@ class RunInfo:
     stats: Statistics
 
 
+_NOTE = {"config": dict, "classes": [str], "channels": int,
+         "image_size": [int], "mean": [float], "std": [float]}
+
+
 def load_run(
     run: str | os.PathLike,  # a run's folder
 ) -> tuple[nn.Sequential, RunInfo]:  # in evaluation mode, on the CPU
@@ -144,15 +148,18 @@ def load_run(
         missing = note.name if not note.exists() else weights.name
         raise ValueError(f"{run} holds no finished run: {missing} is missing, "
                          "train one or go on with --resume")
+    old = read_json(note, _NOTE)
+    size, mean, std = (tuple(old[k]) for k in ("image_size", "mean", "std"))
     try:
-        old = json.loads(note.read_text())
-        info = RunInfo(with_settings(Config(), old["config"]),
-                       tuple(old["classes"]), old["channels"],
-                       tuple(old["image_size"]),
-                       Statistics(tuple(old["mean"]), tuple(old["std"])))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        c = with_settings(Config(), old["config"])
+        if not (len(size) == 2 and min(size) > 0 and min(std, default=0) > 0
+                and len(mean) == len(std) == old["channels"]):
+            raise ValueError("sizes, channels, mean and std do not fit")
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{note} is damaged ({error}): expected what a run "
                          "writes") from None
+    info = RunInfo(c, tuple(old["classes"]), old["channels"], size,
+                   Statistics(mean, std))
     return _model_from(info, weights), info
 
 # %% ../nbs/06c_inference.ipynb #85e56e59

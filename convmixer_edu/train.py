@@ -24,10 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoint import (claimed, collect, keyed_generator,
-                                      latest, open_mirror, read_checkpoint,
-                                      read_json, restore, save_step, sweep,
-                                      write_atomically, write_checkpoint)
+from .checkpoint import (CheckpointError, claimed, collect,
+                                      keyed_generator, latest, open_mirror,
+                                      read_checkpoint, read_json, restore,
+                                      save_step, sweep, write_atomically,
+                                      write_checkpoint)
 from .data import (ImageSet, load_images, resolve_source,
                                 split_holdout, stratified_index)
 from .depthwise import choose_method, fast_depthwise
@@ -39,7 +40,7 @@ from .inference import (Statistics, choose_device, score,
                                      statistics)
 from .initialize import covariance_init
 from .model import IMAGENET
-from .recipe import (PRESETS, Config, augmentation,
+from .recipe import (CHOICES, PRESETS, Config, augmentation,
                                   learning_rate, make_model,
                                   make_optimizer, with_settings)
 from .speed import (Choice, Recorded, Workload, autocast,
@@ -245,12 +246,20 @@ def _load(run: Run):
     if found is None:
         return False
     tensors, meta = found
-    restore(run.model, run.optimizer, tensors)
-    run.loss_sum = tensors["loop.loss_sum"].to(run.device)
-    run.done, run.seconds = meta["step"], meta["seconds"]
-    run.metrics = meta["metrics"]
-    if run.scaler.is_enabled():
-        run.scaler.load_state_dict(meta["scaler"])
+    try:
+        restore(run.model, run.optimizer, tensors)
+        run.loss_sum.copy_(tensors["loop.loss_sum"])
+        run.seconds, run.metrics = float(meta["seconds"]), [*meta["metrics"]]
+        if meta["step"] not in range(run.c.epochs*run.steps + 1) or \
+                not 0 <= run.seconds < 1e9:
+            raise ValueError("a step outside the run")
+        run.done = int(meta["step"])
+        if run.scaler.is_enabled():
+            run.scaler.load_state_dict(meta["scaler"])
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
+        what = e if isinstance(e, CheckpointError) else "its parts do not fit"
+        raise CheckpointError(f"the newest checkpoint in {run.out} is not of "
+                              f"this run ({what}): remove it") from None
     return True
 
 # %% ../nbs/06_training.ipynb #fd21babf
@@ -450,7 +459,7 @@ def train(
                         mirror, first, until_the_end)
         if (out / "run.json").exists():
             from_main(lambda: _sweep_finished(run))
-            return read_json(out / "run.json")
+            return read_json(out / "run.json", _RESULT)
         with stop_signal() as stop:
             _loop(run, report, stop, seconds)
         return _finish(run, test, report)
@@ -513,6 +522,15 @@ def _claim(out, until_the_end):
                          "for its end or stop it")
 
 
+_BEGUN = {"config": dict, "choice": dict, "depthwise": str,
+          "train_fingerprint": str}
+_RESULT = {"test_accuracy": float, "test_images": int, "steps": int,
+           "seconds": float, "images_per_second": float, "precision": str,
+           "device": str, "peak_memory_mb": (int, type(None)),
+           "config": {key: int for key in (
+               "dim", "depth", "kernel_size", "patch_size", "epochs")}}
+
+
 def _open_folder(c, source, out, data, resume, device):
     "What config.json holds, written now or when the run began"
     note = out / "config.json"
@@ -525,7 +543,7 @@ def _open_folder(c, source, out, data, resume, device):
                          "choose another folder")
     record = _setup_record(c, source, data, _statistics(c, data))
     if resume:
-        old = read_json(note)
+        old = read_json(note, _BEGUN)
         _check_same(json.loads(json.dumps(record)), old, out)
         sweep(out)
         return old
@@ -581,8 +599,11 @@ def _check_same(new, old, out):
     "A resumed run is the same run: same recipe, same data"
     try:
         before = dataclasses.asdict(with_settings(Config(), old["config"]))
-        old["choice"], old["depthwise"], old["train_fingerprint"]
-    except (KeyError, TypeError, ValueError) as error:
+        if Choice(**old["choice"]).dtype not in CHOICES["precision"][1:]:
+            raise ValueError("its choice names no type to compute in")
+        if old["depthwise"] not in CHOICES["depthwise"][1:]:
+            raise ValueError("its depthwise is no way to compute a gradient")
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{out / 'config.json'} is of no use here "
                          f"({error}): start a new run") from None
     changed = [f"{key} ({before[key]} there, {value} now)"

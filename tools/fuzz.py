@@ -253,7 +253,7 @@ def checkpoints(draw, folder, base):
     if where == "model":
         (folder / "one.png").write_bytes((base / "one.png").read_bytes())
         return ["predict", str(run), str(folder / "one.png")], ["run", "model"], (0, 2)
-    return ["train", "--resume", "--out", str(run)], ["run", "checkpoint"], (0, 1, 2)
+    return ["train", "--resume", "--out", str(run)], ["run", "checkpoint", "the loss became"], (0, 1, 2)
 
 
 def weights(draw, folder, base):
@@ -266,7 +266,7 @@ def weights(draw, folder, base):
         save_file(tensors, file)
     else:
         key = draw(st.sampled_from(["state_dict", "model", "ema", "x", 3]))
-        torch.save(draw(st.sampled_from([tensors, {key: tensors}, {key: {key: tensors}}, [tensors], tensors.values(), None,
+        torch.save(draw(st.sampled_from([tensors, {key: tensors}, {key: {key: tensors}}, [tensors], list(tensors.values()), None,
                                          {key: 1}, {**tensors, "epoch": 3}, Path("x"), {1: torch.zeros(1)}])), file)
     if draw(st.booleans()):
         file.write_bytes(damaged(draw, file.read_bytes()))
