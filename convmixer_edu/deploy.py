@@ -235,17 +235,24 @@ def _checked(ask, model, images, tolerance, what):
     return worst
 
 
-def _into(file, write, check):
+def _into(file, suffix, write, check):
     "Write beside the file, check, and only then give it its name"
     file = Path(file)
     if not file.parent.is_dir():
         raise ValueError(f"there is no folder {file.parent} for {file.name}: "
                          "make it first")
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        draft = Path(folder)/file.name
-        write(draft)
-        worst = check(draft)
-        os.replace(draft, file)
+    if file.suffix != suffix or (file.exists() and not file.is_file()):
+        raise ValueError(f"{file} cannot be written: expected the name of a "
+                         f"file that ends in {suffix}")
+    try:
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            draft = Path(folder)/file.name
+            write(draft)
+            worst = check(draft)
+            os.replace(draft, file)
+    except OSError as error:  # it names the draft
+        error.filename, error.filename2 = str(file), None
+        raise
     return {"file": str(file), "bytes": file.stat().st_size,
             "difference": worst}
 
@@ -293,7 +300,7 @@ def export_onnx(
         program.model.metadata_props.update(notes or {})
         program.save(draft)
 
-    return _into(file, write, lambda draft: _checked(
+    return _into(file, ".onnx", write, lambda draft: _checked(
         onnx_runner(draft), model, images, tolerance, "ONNX"))
 
 # %% ../nbs/P4_deploy.ipynb #97983da4
@@ -329,7 +336,7 @@ def export_torch(
         return _checked(_load_exported(draft), model, images, tolerance,
                         "torch.export")
 
-    return _into(file, write, check)
+    return _into(file, ".pt2", write, check)
 
 # %% ../nbs/P4_deploy.ipynb #7f0d6f49
 def latency(
@@ -339,20 +346,24 @@ def latency(
     counts: tuple[int, ...] = (1, 16),  # images a call
     rounds: int = 5,
     seconds: float = 15.0,  # to look for the fastest way
+    device: torch.device | str = "cpu",  # PyTorch's; files stay on the CPU
+    report=None,  # called with each way that PyTorch has tried
 ) -> list[dict]:  # way, images, seconds of a call: median, least, most
     "Time PyTorch, PyTorch at its fastest, and exported files, in turn"
     model, images = _plain_copy(model, shape)
     images = images[:1].expand(max(counts), -1, -1, -1).contiguous()
-    best = optimize_for_inference(model, images, seconds=seconds)
-    ways = {"PyTorch, as it is": frozen(model, Choice()),
-            f"PyTorch, {best.choice}": best}
+    model, there = model.to(device), images.to(device)
+    best = optimize_for_inference(model, there, seconds=seconds,
+                                  report=report)
+    ways = {"PyTorch, as it is": (frozen(model, Choice()), there),
+            f"PyTorch, {best.choice}": (best, there)}
     for kind, file in (files or {}).items():
         ways[kind] = (onnx_runner(file) if kind == "ONNX Runtime" else
-                      torch.no_grad()(_load_exported(file)))
+                      torch.no_grad()(_load_exported(file))), images
     rows = []
     for count in counts:
-        took = in_turn({way: lambda ask=ask: ask(images[:count])
-                        for way, ask in ways.items()}, "cpu", rounds)
+        took = in_turn({way: lambda ask=ask, x=x: ask(x[:count])
+                        for way, (ask, x) in ways.items()}, device, rounds)
         rows += [{"way": way, "images": count, "seconds":
                   statistics.median(t), "least": min(t), "most": max(t)}
                  for way, t in took.items()]
