@@ -2,7 +2,7 @@
 
 Takes the place of MyST-NB's notebook reader. Besides, it makes the build see what decides a page's
 outputs (the package, the recorded results, the data), marks the cells that the package is made of,
-and puts MathJax beside the pages, so that a page asks no other host for anything.
+and puts MathJax beside the pages and a policy into them, so that a page asks no other host for anything.
 """
 
 import contextlib
@@ -33,6 +33,11 @@ TAGS = {  # (directive, value) -> the tag that MyST-NB knows
     ("output", "false"): "remove-output",
     ("eval", "false"): "skip-execution",
 }
+# Scripts and styles stand inside the pages, pictures too; nothing comes from another host or goes to one.
+POLICY = ("default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
+          "img-src 'self' data:; font-src 'self' data:; connect-src 'self'; worker-src 'self'; base-uri 'self'; "
+          "form-action 'self'")
+OUTSIDE = re.compile(r"""<a(?![^>]*\srel=)([^>]*\shref=["'](?:https?:)?//)""")
 
 
 def read(text, digest="", skip=()):
@@ -213,22 +218,52 @@ def copy_mathjax(app):
             shutil.copyfile(home / name, target)
 
 
-def drop_thebe(app, pagename, templatename, context, doctree):
-    """Take out Jupyter Book's live-code scripts: no page uses them, and they name another host."""
-    context["script_files"] = [
-        script for script in context["script_files"]
-        if "thebe" not in str(getattr(script, "filename", script)).lower()
-        and "thebe" not in str(getattr(script, "attributes", {}).get("body", "")).lower()
-    ]
+def copy_network(app):
+    """Put the run whose network comes with the package where the pages' script looks for it."""
+    from convmixer_edu.ledger import pretrained_run
+
+    if app.builder.format == "html":
+        target = Path(app.outdir) / "_static" / "live" / "run"
+        target.mkdir(parents=True, exist_ok=True)
+        for name in ("config.json", "model.safetensors"):
+            shutil.copyfile(pretrained_run() / name, target / name)
+
+
+def drop_thebe(app, config):
+    """Leave out the live code that Jupyter Book brings along: no page uses it, and its scripts name another host."""
+    for name in ("builder-inited", "env-before-read-docs", "doctree-resolved"):
+        for listener in list(app.events.listeners[name]):
+            if listener.handler.__module__ == "sphinx_thebe":
+                app.disconnect(listener.id)
+
+
+def add_policy(app, pagename, templatename, context, doctree):
+    """Tell the browser that a page asks no other host for anything, and take out what is left of the live code."""
+    tag = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}" />'
+    context["metatags"] = tag + context.get("metatags", "")
+    context["css_files"] = [file for file in context["css_files"] if "thebe" not in str(file.filename)]
+
+
+def close_openers(app, error):
+    """Give no page of others, which a link opens, a hold on ours: `rel=noopener` on every link that leaves."""
+    if error or app.builder.format != "html":
+        return
+    for page in Path(app.outdir).rglob("*.html"):
+        old = page.read_text("utf8")
+        if (new := OUTSIDE.sub(r'<a rel="noopener"\1', old)) != old:
+            page.write_text(new, "utf8")
 
 
 def setup(app):
     """Connect the above to Sphinx."""
     app.add_transform(NumberFigures)
     app.connect("config-inited", use_reader)
+    app.connect("config-inited", drop_thebe)
     app.connect("builder-inited", copy_mathjax)
+    app.connect("builder-inited", copy_network)
     app.connect("doctree-read", mark_exports)
     app.connect("autodoc-process-docstring", add_docments)
     app.connect("autodoc-skip-member", skip_member)
-    app.connect("html-page-context", drop_thebe, priority=900)
+    app.connect("html-page-context", add_policy, priority=900)
+    app.connect("build-finished", close_openers)
     return {"parallel_read_safe": True, "version": "1"}

@@ -670,6 +670,9 @@ class Augment:
         _check_range("crop_ratio", self.crop_ratio)
         if self.randaug_n:
             _policy(self.randaug_policy, self.randaug_m)
+        if self.randaug_policy not in tuple(POLICIES):
+            raise ValueError(f"randaug_policy is {self.randaug_policy!r}, "
+                             f"expected one of {', '.join(POLICIES)}")
         if self.erase_mode not in ("pixel", "const"):
             raise ValueError(f"erase_mode is {self.erase_mode!r}, expected "
                              "pixel or const")

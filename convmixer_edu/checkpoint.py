@@ -2,8 +2,9 @@
 
 # %% auto #0
 __all__ = ['CheckpointError', 'write_atomically', 'sweep', 'claimed', 'write_checkpoint', 'read_checkpoint', 'read_json',
-           'save_step', 'latest', 'copy_checked', 'run_files', 'Mirror', 'fetch_mirror', 'open_mirror',
-           'keyed_generator', 'collect', 'restore']
+           'check_note', 'save_step', 'step_file', 'latest', 'copy_checked', 'run_files', 'Mirror', 'fetch_mirror',
+           'seal_run', 'check_run', 'open_mirror', 'keyed_generator', 'collect', 'expected_tensors', 'check_tensors',
+           'restore']
 
 # %% ../nbs/06b_checkpoint.ipynb #329ef234
 import errno
@@ -19,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .data import written_aside
+
 # %% ../nbs/06b_checkpoint.ipynb #54ccfba3
 class CheckpointError(ValueError):
     "A checkpoint that cannot be written, read or trusted"
@@ -33,16 +36,11 @@ def write_atomically(
     Written aside, flushed to the disk, then renamed. Raises `CheckpointError`
     when it cannot be written; what was there before stays as it was."""
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(aside, "wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(aside, path)
+        with written_aside(path) as aside:
+            aside.write_bytes(data)
         _sync_folder(path.parent)
     except OSError as error:
-        _forget(aside)
         raise CheckpointError(
             f"{path} could not be written ({_reason(error)}): make room or "
             "choose another folder, the file before it is untouched"
@@ -120,6 +118,13 @@ def _lock(stack, file):
     return False  # whoever had it has just removed it
 
 # %% ../nbs/06b_checkpoint.ipynb #12ad4a69
+def _sha256(data):
+    "Of bytes, or of what JSON can hold"
+    if not isinstance(data, bytes):
+        data = json.dumps(data, sort_keys=True).encode()
+    return hashlib.sha256(data).hexdigest()
+
+
 def _digest(tensors, meta):
     "SHA-256 over names, types, shapes and bytes of the tensors, and `meta`"
     digest = hashlib.sha256(meta.encode())
@@ -137,11 +142,12 @@ def write_checkpoint(
 ) -> None:
     """One file with the tensors, what belongs to them, and a checksum
 
-    Raises `CheckpointError` when it cannot be written."""
+    The same tensors and meta give the same bytes. Raises `CheckpointError`
+    when it cannot be written."""
     tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
     text = json.dumps(meta, sort_keys=True)
-    head = {"meta": text, "sha256": _digest(tensors, text)}
-    write_atomically(Path(path), save(tensors, head))
+    head = {"checkpoint": f"{_digest(tensors, text)} {text}"}  # in one: the
+    write_atomically(Path(path), save(tensors, head))  # order of two varies
 
 # %% ../nbs/06b_checkpoint.ipynb #db9e5ec8
 def read_checkpoint(
@@ -151,57 +157,85 @@ def read_checkpoint(
 
     Raises `CheckpointError` for a file that is missing, damaged, or not of
     this kind. Files with pickled code are refused unopened."""
+    if not Path(path).is_file():  # a pipe would make us wait
+        raise CheckpointError(f"there is no checkpoint {path}")
     try:
         with safe_open(path, "pt") as file:
             head = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no checkpoint {path}") from None
-    except (SafetensorError, OSError) as error:
+        old = f"{head.get('sha256')} {head.get('meta', '')}"  # up to 0.1.0
+        digest, _, text = head.get("checkpoint", old).partition(" ")
+        same = digest == _digest(tensors, text)
+    except (SafetensorError, OSError, RuntimeError, TypeError) as error:
         raise CheckpointError(
             f"{path} is no checkpoint or is damaged ({error}): expected a "
             "whole safetensors file, files with pickled code are never loaded"
         ) from None
-    if head.get("sha256") != _digest(tensors, head.get("meta", "")):
+    if not same:
         raise CheckpointError(
             f"the checksum of {path} does not match what is in it: the file "
             "was damaged or changed, use the one before it")
-    return tensors, json.loads(head["meta"])
+    return tensors, _parse(text, path)
+
+
+def _parse(text, path):
+    "A table of names and values, from JSON; or a sentence"
+    try:
+        note = json.loads(text)
+        wrong = "it is no table of names and values"
+    except (ValueError, RecursionError) as error:
+        note, wrong = None, error
+    if not isinstance(note, dict):
+        raise CheckpointError(
+            f"{path} is damaged ({wrong}): expected the note that a run "
+            "writes, copy it from the mirror or start a new run")
+    return note
 
 # %% ../nbs/06b_checkpoint.ipynb #d15d5508
 def read_json(
     path: Path,  # a note that a run wrote, such as config.json
-    like: dict | None = None,  # what must be in it: the type of each value
 ) -> dict:
     "A run's note; `CheckpointError` when it is missing or damaged"
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no {path}")
     try:
-        note = json.loads(Path(path).read_text("utf8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no {path}") from None
+        large = path.stat().st_size > 2**26  # bytes: no note of ours
+        text = "" if large else path.read_text("utf8")
     except (ValueError, OSError) as error:
-        note = _reason(error)
-    for key, kind in (like or {}).items() if isinstance(note, dict) else ():
-        if not _is_like(note.get(key), kind):
-            note = f"{key} is missing or of no use"
-            break
-    if not isinstance(note, dict):
-        raise CheckpointError(
-            f"{path} is damaged ({note}): expected the note that a run "
-            "writes, copy it from the mirror or start a new run")
-    return note
+        raise CheckpointError(f"{path} is damaged ({_reason(error)}): copy "
+                              "it from the mirror or start a new run"
+                              ) from None
+    return _parse(text, path)
 
-
-def _is_like(value, kind):
-    "Whether a value from JSON is of a type, or a list or dict of such"
+# %% ../nbs/06b_checkpoint.ipynb #d15d550a
+def _is_kind(value, kind):
+    "Whether JSON gave what was expected; [kind] is a list of such"
     if isinstance(kind, list):
         return isinstance(value, list) and all(
-            _is_like(v, kind[0]) for v in value)
-    if isinstance(kind, dict):
-        return isinstance(value, dict) and all(
-            _is_like(value.get(key), kind[key]) for key in kind)
-    if kind is float:  # and no inf or nan
-        return isinstance(value, (int, float)) and abs(value) < 1e300
-    return isinstance(value, kind)
+            _is_kind(v, kind[0]) for v in value)
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < 1e300
+    return type(value) is kind and (kind is not int or abs(value) < 2**63)
+
+
+def check_note(
+    note: dict,
+    kinds: dict,  # name: int, float, str, dict, or a list of one of them
+    path: Path,  # where the note is from
+    others: set | None = None,  # names that may be there too; None: any
+) -> None:
+    "`CheckpointError` naming the first part that is missing or no such thing"
+    for name, kind in kinds.items():
+        if name not in note or not _is_kind(note[name], kind):
+            raise CheckpointError(
+                f"{path} is damaged ({name} is "
+                f"{'no such thing' if name in note else 'missing'}): expected "
+                "what a run writes, copy it from the mirror or start a new "
+                "run")
+    for name in () if others is None else note.keys() - {*kinds, *others}:
+        raise CheckpointError(f"{path} says something about {name!r:.60}: "
+                              "expected what this version writes")
 
 # %% ../nbs/06b_checkpoint.ipynb #3930448b
 def save_step(
@@ -214,35 +248,60 @@ def save_step(
     """Write the checkpoint of a step and drop those no longer needed
 
     Raises `CheckpointError` when it cannot be written; older checkpoints are
-    dropped only after the new one is safe."""
-    path = Path(folder) / f"checkpoint-{step:09d}.safetensors"
+    dropped only after the new one is safe, newer ones never."""
+    path = Path(folder) / step_file(step)
     write_checkpoint(path, tensors, meta)
-    for old in _steps(folder)[keep:]:
-        _forget(old)
+    _drop_old(folder, path, keep)
     return path
 
 
-def _steps(folder):
-    "The checkpoints of a folder, the newest first"
-    return sorted(Path(folder).glob("checkpoint-*.safetensors"), reverse=True)
+def step_file(step: int) -> str:
+    "The name of a step's checkpoint"
+    return f"checkpoint-{step:09d}.safetensors"
+
+
+def _age(file):
+    "What sorts checkpoints by their step, also beyond nine digits"
+    return len(file.name), file.name
+
+
+def _steps(*folders):
+    "The checkpoints of all folders, the newest first"
+    files = [f for folder in folders
+             for f in sorted(Path(folder).glob("checkpoint-*.safetensors"))]
+    return sorted(files, key=_age, reverse=True)
+
+
+def _drop_old(folder, newest, keep=2):
+    "Keep some checkpoints up to one's age, and all that are newer"
+    upto = [f for f in _steps(folder) if _age(f) <= _age(newest)]
+    for old in upto[keep:]:
+        _forget(old)
 
 # %% ../nbs/06b_checkpoint.ipynb #af76f9a0
 def latest(
-    folder: Path,  # the run's folder
+    *folders: Path,  # the run's folder, and its mirror if there is one
+    check=None,  # called with (file, tensors, meta), may raise
 ) -> tuple[dict[str, Tensor], dict] | None:  # (tensors, meta)
     """The newest checkpoint that passes its check; None if there is no file
 
     A damaged one is passed over with a warning. Raises `CheckpointError` when
     there are files and none of them can be used."""
-    files = _steps(folder)
+    files = _steps(*folders)
     for file in files:
         try:
-            return read_checkpoint(file)
+            tensors, meta = read_checkpoint(file)
+            if check is not None:
+                check(file, tensors, meta)
+            return tensors, meta
         except CheckpointError as error:
             warnings.warn(f"{error}; trying an older one", stacklevel=2)
+            why = error
     if files:
-        raise CheckpointError(f"no checkpoint in {folder} can be used: all "
-                              f"{len(files)} are damaged, start a new run")
+        places = " and ".join(str(folder) for folder in folders)
+        raise CheckpointError(f"no checkpoint in {places} can be used: all "
+                              f"{len(files)} are damaged or of another run "
+                              f"({why}), start a new run")
     return None
 
 # %% ../nbs/06b_checkpoint.ipynb #afb1afef
@@ -313,41 +372,89 @@ class Mirror:
             if self.sent.get(file.name) != mark:
                 copy_checked(file, self.mirror / file.name)
                 self.sent[file.name] = mark
-        for old in set(_steps(self.mirror)):
-            if not (self.folder / old.name).exists():
+        if (self.folder / "run.json").exists():  # nothing to go on from
+            for old in _steps(self.mirror):
                 _forget(old)
+        for newest in _steps(self.folder)[:1]:
+            _drop_old(self.mirror, newest)
 
 # %% ../nbs/06b_checkpoint.ipynb #833c6061
 def fetch_mirror(
     mirror: Path,  # a folder that `Mirror` filled
     folder: Path,  # the run's folder
 ) -> bool:  # whether anything was fetched
-    """Take a run from its mirror, if the folder holds none
+    """Take from a mirror what the run's folder lacks
 
-    Raises `CheckpointError` when the mirror cannot be read."""
+    Raises `CheckpointError` when the mirror cannot be read or holds another
+    run."""
     mirror, folder = Path(mirror), Path(folder)
-    name = "config.json"
-    if (folder / name).exists() or not (mirror / name).exists():
+    there, here = mirror / "config.json", folder / "config.json"
+    if not there.exists() or (folder / "run.json").exists():
         return False
+    if begun := here.exists():
+        _check_mirror(there, here)
+    files = [f for f in run_files(mirror) if not (folder / f.name).exists()
+             and not (begun and f.name.startswith("checkpoint-"))]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be made "
                               f"({_reason(error)})") from None
-    for file in reversed(run_files(mirror)):
+    for file in sorted(files, key=lambda f: f.name == here.name):
         copy_checked(file, folder / file.name)
-    return True
+    return bool(files)
+
+
+def _check_mirror(there, here):
+    "What is in a mirror must be the run that we go on with"
+    if read_json(there) != read_json(here):
+        raise CheckpointError(f"{there.parent} holds another run than "
+                              f"{here.parent}: choose another mirror")
+
+# %% ../nbs/06b_checkpoint.ipynb #5ea1ed02
+def seal_run(
+    folder: Path,  # a run that has all but its run.json
+    note: dict,  # what run.json will hold
+) -> dict[str, str]:  # name: SHA-256
+    "The digests of a run's files, and of the note without them"
+    digests = {f.name: _sha256(f.read_bytes()) for f in run_files(folder)
+               if not f.name.startswith(("checkpoint-", "run."))}
+    rest = {name: part for name, part in note.items() if name != "seal"}
+    return {**digests, "run.json": _sha256(rest)}
+
+
+def check_run(
+    folder: Path,  # of a finished run
+) -> dict:  # what run.json holds
+    """A run's result, and that nothing of it was changed since
+
+    Raises `CheckpointError` for a run that is not what it was. One of a
+    version that sealed nothing is believed."""
+    folder = Path(folder)
+    note = read_json(folder / "run.json")
+    if not note.keys() & {"seal", "parts"}:  # up to 0.1.0
+        return note
+    check_note(note, {"seal": dict}, folder / "run.json")
+    now, told = seal_run(folder, note), note["seal"]
+    for name in ("run.json", "config.json", "metrics.jsonl",
+                 "model.safetensors", *told):
+        if name not in now or told.get(name) != now[name]:
+            raise CheckpointError(
+                f"{folder / name} is not what the run wrote: it was damaged "
+                "or changed, copy it from the mirror or train again")
+    return note
 
 # %% ../nbs/06b_checkpoint.ipynb #e218097f
 def open_mirror(
     mirror: Path,  # its parent must be there
     folder: Path,  # the run's folder
-    resume: bool,  # fetch the run if only the mirror has it
+    resume: bool,  # fetch what only the mirror has
 ) -> Mirror:
     """A mirror that may be used for this run
 
     Raises `CheckpointError` when it cannot be made or holds another run."""
     mirror, folder = Path(mirror), Path(folder)
+    there, here = mirror / "config.json", folder / "config.json"
     if not mirror.parent.is_dir() or mirror.resolve() == folder.resolve():
         raise CheckpointError(f"{mirror} cannot be a mirror: expected a new "
                               "name in a folder that is there (is the drive "
@@ -357,22 +464,15 @@ def open_mirror(
     except OSError as error:
         raise CheckpointError(f"the mirror {mirror} cannot be made "
                               f"({_reason(error)})") from None
-    _check_mirror(mirror / "config.json", folder / "config.json", resume)
+    if there.exists() and not resume:
+        raise CheckpointError(f"{mirror} holds a run already: go on "
+                              "with it (--resume) or choose another mirror")
+    if there.exists() and here.exists():
+        _check_mirror(there, here)
     if resume:
         sweep(mirror)  # what a kill left half copied
         fetch_mirror(mirror, folder)
     return Mirror(folder, mirror)
-
-
-def _check_mirror(there, here, resume):
-    "What is in a mirror already must be the run that we go on with"
-    if there.exists() and not resume:
-        raise CheckpointError(f"{there.parent} holds a run already: go on "
-                              "with it (--resume) or choose another mirror")
-    if there.exists() and here.exists() and read_json(there) != \
-            read_json(here):
-        raise CheckpointError(f"{there.parent} holds another run than "
-                              f"{here.parent}: choose another mirror")
 
 # %% ../nbs/06b_checkpoint.ipynb #62e3ff77
 def keyed_generator(
@@ -398,6 +498,34 @@ def collect(
             tensors[f"optimizer.{i}.{name}"] = torch.as_tensor(value)
     return tensors
 
+
+def expected_tensors(
+    model: torch.nn.Module,
+    optimizer: torch.optim.AdamW,  # over its parameters
+    state: bool,  # with what AdamW remembers?
+) -> dict[str, Tensor]:  # of their shapes and types
+    "What `collect` returns; without AdamW's state, before its first step"
+    like = {f"model.{n}": t for n, t in model.state_dict().items()}
+    parameters = [p for g in optimizer.param_groups for p in g["params"]]
+    for i, p in enumerate(parameters if state else []):
+        like |= {f"optimizer.{i}.step": torch.tensor(0.0, dtype=torch.float32),
+                 f"optimizer.{i}.exp_avg": p, f"optimizer.{i}.exp_avg_sq": p}
+    return like
+
+
+def check_tensors(
+    tensors: dict[str, Tensor],
+    like: dict[str, Tensor],  # what is expected
+    wrong: str,  # how the sentence begins
+) -> None:
+    "`CheckpointError` unless names, shapes and types are those expected"
+    for name in sorted(tensors.keys() | like.keys()):
+        have, want = (tuple(d[name].shape) + (d[name].dtype,)
+                      if name in d else "nothing" for d in (tensors, like))
+        if have != want:
+            raise CheckpointError(f"{wrong}: {name:.60} is {have}, "
+                                  f"expected {want}")
+
 # %% ../nbs/06b_checkpoint.ipynb #bdb388ff
 def restore(
     model: torch.nn.Module,  # of the same sizes as the one collected
@@ -407,30 +535,22 @@ def restore(
     """Put collected tensors back into a model and its optimiser
 
     Raises `CheckpointError` when they belong to a model of another shape."""
+    own = {name: tensor for name, tensor in tensors.items()
+           if name.startswith(("model.", "optimizer."))}
+    saved = any(name.startswith("optimizer.") for name in own)
+    check_tensors(own, expected_tensors(model, optimizer, saved),
+                  "the checkpoint belongs to another model")
     weights, state = {}, {}
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
-    for name, tensor in tensors.items():
+    for name, tensor in own.items():
         kind, rest = name.split(".", 1)
         if kind == "model":
             weights[rest] = tensor
-        elif kind == "optimizer":
+        else:
             i, key = rest.split(".", 1)
-            like = parameters[int(i)] if int(i) < len(parameters) else tensor
-            if tensor.shape == like.shape:  # in memory as its parameter is
-                tensor = torch.empty_like(like).copy_(tensor)
-            elif tensor.dim():
-                raise CheckpointError("the checkpoint belongs to another "
-                                      f"model: {name} is of another shape")
+            if key != "step":  # in memory as its parameter is
+                tensor = torch.empty_like(parameters[int(i)]).copy_(tensor)
             state.setdefault(int(i), {})[key] = tensor
-    if state and (len(state) != len(parameters)
-                  or len({frozenset(one) for one in state.values()}) > 1):
-        raise CheckpointError("the checkpoint lacks a part of what the "
-                              "optimiser knew")
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise CheckpointError("the checkpoint belongs to another model: "
-                              f"{first}") from None
+    model.load_state_dict(weights)
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -289,7 +289,7 @@ def _read_note(run, name="config.json"):
     except (FileNotFoundError, NotADirectoryError):
         raise Failure(f"{run} holds no run: {name} is missing, expected a "
                       "folder that convmixer train made") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Failure(f"{file} is damaged ({error}): expected what "
                       "convmixer train writes") from None
     for key, kind in _PARTS[name].items():
@@ -518,7 +518,8 @@ def _first(do):
 def _fetch(mirror, out):
     "Take a run from its mirror, before anything looks into its folder"
     from convmixer_edu.checkpoint import fetch_mirror
-    _first(lambda: fetch_mirror(mirror, out))
+    if not (out / "config.json").exists():  # else the trainer does it
+        _first(lambda: fetch_mirror(mirror, out))
 
 
 def _train(config, source, out, resume, device, mirror, watch, files, args,

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import statistics
-import tempfile
 import time
 import warnings
 from copy import deepcopy
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .data import _brief, written_aside
 from .speed import Choice, _wait, choices, frozen, time_step
 
 # %% ../nbs/P4_deploy.ipynb #81a19ec8
@@ -235,24 +235,22 @@ def _checked(ask, model, images, tolerance, what):
     return worst
 
 
-def _into(file, suffix, write, check):
+def _into(file, write, check):
     "Write beside the file, check, and only then give it its name"
     file = Path(file)
     if not file.parent.is_dir():
         raise ValueError(f"there is no folder {file.parent} for {file.name}: "
                          "make it first")
-    if file.suffix != suffix or (file.exists() and not file.is_file()):
-        raise ValueError(f"{file} cannot be written: expected the name of a "
-                         f"file that ends in {suffix}")
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{file} cannot be written: it is a folder or a "
+                         "device, expected the name of a file")
     try:
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            draft = Path(folder)/file.name
+        with written_aside(file) as draft:
             write(draft)
             worst = check(draft)
-            os.replace(draft, file)
-    except OSError as error:  # it names the draft
-        error.filename, error.filename2 = str(file), None
-        raise
+    except OSError as error:
+        raise ValueError(f"{file} could not be written ({_brief(error)}): "
+                         "make room or choose another folder") from error
     return {"file": str(file), "bytes": file.stat().st_size,
             "difference": worst}
 
@@ -300,7 +298,7 @@ def export_onnx(
         program.model.metadata_props.update(notes or {})
         program.save(draft)
 
-    return _into(file, ".onnx", write, lambda draft: _checked(
+    return _into(file, write, lambda draft: _checked(
         onnx_runner(draft), model, images, tolerance, "ONNX"))
 
 # %% ../nbs/P4_deploy.ipynb #97983da4
@@ -308,7 +306,8 @@ def _load_exported(file):
     "A .pt2 file as a function; torch remarks on buffers it only reads"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable")
-        return torch.export.load(file).module()
+        with open(file, "rb") as opened:  # a name should end in .pt2
+            return torch.export.load(opened).module()
 
 
 def export_torch(
@@ -329,14 +328,15 @@ def export_torch(
             warnings.simplefilter("ignore")
             program = torch.export.export(model, (images,), dynamic_shapes=(
                 {0: torch.export.Dim("batch")},))
-            torch.export.save(program, draft, extra_files={
-                "notes.json": json.dumps(notes or {})})
+            with open(draft, "wb") as file:  # a name should end in .pt2
+                torch.export.save(program, file, extra_files={
+                    "notes.json": json.dumps(notes or {})})
 
     def check(draft):  # written a moment ago, by us
         return _checked(_load_exported(draft), model, images, tolerance,
                         "torch.export")
 
-    return _into(file, ".pt2", write, check)
+    return _into(file, write, check)
 
 # %% ../nbs/P4_deploy.ipynb #7f0d6f49
 def latency(

@@ -36,11 +36,12 @@ def setup(
 ) -> str | None:  # the device that this process shall use
     """Meet the other processes that torchrun started, if there are any
 
-    Raises `ValueError` for a device that cannot be shared out."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    Raises `ValueError` for a device that cannot be shared out, and for
+    variables that are not as torchrun sets them."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return device
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    own, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    own, there = _local_rank(), torch.cuda.device_count()
     if kind not in ("cpu", "cuda") or kind == "cuda" and own >= there:
         raise ValueError(
             f"process {own} of this machine cannot use {kind!r}: expected "
@@ -49,10 +50,31 @@ def setup(
     if kind == "cuda":
         torch.cuda.set_device(own)
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda"
-                                else "gloo")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda"
+                                    else "gloo")
+        except (RuntimeError, ValueError, OverflowError) as error:
+            raise ValueError("the processes of torchrun did not meet "
+                             f"({str(error).splitlines()[0]}): start all "
+                             "anew") from None
         atexit.register(_leave)
     return f"cuda:{own}" if kind == "cuda" else kind
+
+
+def _local_rank():
+    "This process's number on its machine, if all is as torchrun sets it"
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
+    told = {name: os.environ.get(name, "") for name in names}
+    whole = [name for name in names
+             if told[name].isascii() and told[name].isdigit()]
+    numbers = [int(told[name]) for name in whole if len(told[name]) < 10]
+    if len(numbers) < 4 or not os.environ.get("MASTER_ADDR") or not (
+            numbers[2] <= numbers[1] < numbers[0] and numbers[3] < 2**16):
+        raise ValueError(
+            f"WORLD_SIZE is {told['WORLD_SIZE']!r:.20}, but it and RANK, "
+            "LOCAL_RANK, MASTER_ADDR and MASTER_PORT are not as torchrun "
+            "sets them: start with torchrun, or unset WORLD_SIZE")
+    return numbers[2]
 
 
 def _leave():

@@ -13,15 +13,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from .augment import normalize
-from .checkpoint import (CheckpointError, read_checkpoint,
-                                      read_json)
-from .data import ImageSet, expand, load_images, read_image
+from .checkpoint import (CheckpointError, check_run,
+                                      check_tensors, read_checkpoint)
+from .data import (ImageSet, expand, load_images,
+                                picture_suffixes, read_image)
 from .distributed import all_sum, rank, shard, world
-from .recipe import Config, make_model, with_settings
+from .ledger import check_record
+from .recipe import (Config, make_model, read_setup,
+                                  recipe_digest)
 from .speed import autocast, choose_precision
 
 # %% ../nbs/06c_inference.ipynb #d0a244ab
@@ -131,48 +133,48 @@ class RunInfo:
     stats: Statistics
 
 
-_NOTE = {"config": dict, "classes": [str], "channels": int,
-         "image_size": [int], "mean": [float], "std": [float]}
-
-
 def load_run(
     run: str | os.PathLike,  # a run's folder
 ) -> tuple[nn.Sequential, RunInfo]:  # in evaluation mode, on the CPU
     """The trained model of a run
 
-    Raises `ValueError` when the folder holds no finished run, or its weights
-    are damaged."""
+    Raises `ValueError` when the folder holds no finished run, or something
+    in it was damaged or changed."""
     run = expand(run)
     note, weights = run / "config.json", run / "model.safetensors"
     if not note.exists() or not weights.exists():
         missing = note.name if not note.exists() else weights.name
         raise ValueError(f"{run} holds no finished run: {missing} is missing, "
                          "train one or go on with --resume")
-    old = read_json(note, _NOTE)
-    size, mean, std = (tuple(old[k]) for k in ("image_size", "mean", "std"))
-    try:
-        c = with_settings(Config(), old["config"])
-        if not (len(size) == 2 and min(size) > 0 and min(std, default=0) > 0
-                and len(mean) == len(std) == old["channels"]):
-            raise ValueError("sizes, channels, mean and std do not fit")
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{note} is damaged ({error}): expected what a run "
-                         "writes") from None
-    info = RunInfo(c, tuple(old["classes"]), old["channels"], size,
-                   Statistics(mean, std))
-    return _model_from(info, weights), info
+    if (run / "record.json").exists():
+        check_record(run)
+    elif (run / "run.json").exists():
+        check_run(run)
+    config, setup = read_setup(note)
+    info = RunInfo(config, tuple(setup["classes"]), setup["channels"],
+                   tuple(setup["image_size"]),
+                   Statistics(tuple(setup["mean"]), tuple(setup["std"])))
+    return _model_from(info, weights, recipe_digest(setup)), info
 
 # %% ../nbs/06c_inference.ipynb #85e56e59
-def _model_from(info, weights):
+def _model_from(info, weights, recipe):
     "The model of a run with its trained weights, ready to evaluate"
-    model = make_model(info.config, len(info.classes), info.channels)
-    tensors, _ = read_checkpoint(weights)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{weights} does not fit its config.json: "
-            f"{str(error).splitlines()[1].strip()}") from None
+    wrong = f"{weights} does not fit its config.json"
+    tensors, meta = read_checkpoint(weights)
+    if meta.get("recipe", recipe) != recipe:  # none up to 0.1.0
+        raise CheckpointError(f"{wrong}: one of them was changed or is of "
+                              "another run, copy both anew")
+    if info.config.depth > len(tensors):  # before it is built
+        raise CheckpointError(f"{wrong}: {len(tensors)} tensors are too few "
+                              f"for depth {info.config.depth}")
+    sizes = info.config, len(info.classes), info.channels
+    tensors = {name: t.float() if t.dtype == torch.float16 else t
+               for name, t in tensors.items()}  # as records keep them
+    with torch.device("meta"):
+        model = make_model(*sizes).float()
+    check_tensors(tensors, model.state_dict(), wrong)
+    model = model.to_empty(device="cpu")
+    model.load_state_dict(tensors)
     return model.eval().to(memory_format=torch.channels_last)
 
 # %% ../nbs/06c_inference.ipynb #50b49687
@@ -237,7 +239,7 @@ def find_pictures(
     paths: list,  # files, and folders, whose pictures are listed in order
 ) -> list[Path]:
     "The files, and the pictures in the folders; an empty one is an error"
-    known, found = set(Image.registered_extensions()), []
+    known, found = picture_suffixes(), []
     for path in map(expand, paths):
         inside = sorted(
             file for file in path.rglob("*")

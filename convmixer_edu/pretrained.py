@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import time
 import warnings
 from contextlib import suppress
@@ -31,11 +30,11 @@ from torch.utils.data import Dataset, IterableDataset
 
 from .checkpoint import (CheckpointError, read_checkpoint,
                                       write_checkpoint)
-from .data import (_TESTS, _class_files, _columns, _datasets,
-                                _hub_file,
-                                _hub_reachable, _kind, _parquet_files,
-                                _ParquetTable, _pick_split, _tell,
-                                cache_folder, expand, open_image)
+from .data import (_REVISIONS, _TESTS, _class_files, _columns,
+                                _datasets, _hub_file, _hub_reachable, _kind,
+                                _parquet_files, _ParquetTable, _pick_split,
+                                _tell, cache_folder, expand, is_own,
+                                make_private, open_image)
 from .inference import choose_device
 from .model import variant
 from .recipe import Config
@@ -50,6 +49,8 @@ class Published:
     kernel_size: int  # k
     patch_size: int  # p
     activation: str  # of the weights; no weight file says it
+    sha256: str | None = None  # of timm's file; None: we could not see it
+    revision: str | None = None  # the Hub's commit; None: the newest
 
     @property
     def settings(self):
@@ -68,10 +69,13 @@ class Published:
 PUBLISHED = {
     "convmixer_1536_20": Published("convmixer_1536_20.in1k", 1536, 20, 9, 7,
                                    "gelu"),
-    "convmixer_768_32": Published("convmixer_768_32.in1k", 768, 32, 7, 7,
-                                  "relu"),
-    "convmixer_1024_20": Published("convmixer_1024_20_ks9_p14.in1k", 1024, 20,
-                                   9, 14, "gelu"),
+    "convmixer_768_32": Published(
+        "convmixer_768_32.in1k", 768, 32, 7, 7, "relu", "62ed5ec91004012a"
+        "90d1a1ad043c4a74724ad444c82a277a6fff10803391743b",
+        "5c5dfeef480402e3f1652600b11d7e75e731a05a"),
+    "convmixer_1024_20": Published(
+        "convmixer_1024_20_ks9_p14.in1k", 1024, 20, 9, 14, "gelu", "e9ee7c2d"
+        "21eadc21b1538011aedb65d8122a368c5967ff01a1a9cbbaf8cc9571"),
 }
 
 
@@ -399,9 +403,10 @@ def fetch_weights(
     """The file of timm's weights, fetched from the Hub if it is not here
 
     Raises `CheckpointError` when the Hub cannot be reached."""
-    settings = find_published(name).settings
-    repo, _, revision = settings.hf_hub_id.partition("@")
-    ask = dict(repo_id=repo, revision=revision or None,
+    entry = find_published(name)
+    settings = entry.settings
+    repo = settings.hf_hub_id.partition("@")[0]
+    ask = dict(repo_id=repo, revision=entry.revision,
                filename=settings.hf_hub_filename or "model.safetensors")
     if not again:
         with suppress(FileNotFoundError):  # the Hub's kind is one, too
@@ -418,12 +423,19 @@ def fetch_weights(
 
 
 def _from_cache(entry, path):
-    "As `_from_file`; first the file must be what the Hub's cache calls it"
+    "As `_from_file`; first the file must be the one that was published"
     link = Path(os.readlink(path)).name if path.is_symlink() else ""
-    if len(link) == 64:  # the SHA-256 of a large file is its name there
-        with open(path, "rb") as opened:
-            if hashlib.file_digest(opened, "sha256").hexdigest() != link:
-                raise CheckpointError(f"{path} in the Hub's cache is damaged")
+    with open(path, "rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if len(link) == 64 and digest != link:  # a large file's name there
+        raise CheckpointError(f"{path} in the Hub's cache is damaged")
+    if entry.sha256 is None:
+        _tell(f"{path} could not be compared with what was published: we "
+              f"know no checksum; it has the SHA-256 {digest}")
+    elif digest != entry.sha256:
+        raise CheckpointError(f"{path} is not the file that was published: "
+                              f"its SHA-256 is {digest}, expected "
+                              f"{entry.sha256}")
     return _from_file(entry, path)
 
 # %% ../nbs/08_imagenet.ipynb #de4943ff
@@ -554,13 +566,15 @@ def _parquet_source(splits, source, split):
 
 def _hub_source(source, split):
     "A dataset on the Hub, row by row"
-    mark = f"{source} {split}"
+    revision = _REVISIONS.get(source)
+    mark = f"{source} {revision} {split}"
     if not _hub_reachable():
         raise ValueError(f"{source} is no folder here and the Hugging Face "
                          "Hub cannot be reached: give a folder")
     datasets = _datasets()
     try:
-        table = datasets.load_dataset(source, split=split, streaming=True)
+        table = datasets.load_dataset(source, split=split, streaming=True,
+                                      revision=revision)
     except Exception as error:  # datasets' and the Hub's kinds
         raise ValueError(f"{source} cannot be read: "
                          f"{_why(error)}") from None
@@ -637,22 +651,27 @@ class Tally:
 
 # %% ../nbs/08_imagenet.ipynb #0bd79821
 def _progress(name, model, source, split, settings):
-    "The file that keeps what is known so far; its name says of what"
+    "The file that keeps what is known so far, if there is a place for it"
+    folder = cache_folder()
+    if folder is None:
+        return None
     digest = hashlib.sha256(repr((
         name, split, source.names, source.mark, settings.crop_pct,
         settings.interpolation, settings.input_size)).encode())
     for tensor in model.state_dict().values():
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8)
                       .numpy())
-    folder = (cache_folder() or Path(tempfile.gettempdir())) / "evaluations"
-    return folder / f"{name}-{digest.hexdigest()[:16]}.safetensors"
+    name = f"{name}-{digest.hexdigest()[:16]}.safetensors"
+    return folder / "evaluations" / name
 
 
 def _pick_up(file, classes):
     "The tally that an earlier, killed call left; a new one if none"
     tally = Tally(classes)
-    if file.exists():
+    if file is not None and file.exists():
         try:
+            if not is_own(file):
+                raise CheckpointError(f"{file} belongs to another user")
             tally.tensors, _ = read_checkpoint(file)
         except CheckpointError as error:
             warnings.warn(f"{error}; evaluated from the start",
@@ -662,8 +681,10 @@ def _pick_up(file, classes):
 
 def _keep(file, tally):
     "Write the tally down; a full disk is no reason to stop"
+    if file is None:
+        return
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_private(make_private(file.parent.parent) / file.parent.name)
         write_checkpoint(file, tally.tensors, {})
     except (CheckpointError, OSError) as error:
         warnings.warn(f"the evaluation goes on, but cannot be kept: {error}",
@@ -706,7 +727,8 @@ def evaluate_pretrained(
                 report({"done": tally.done, "images": found.count})
     if not tally.done:
         raise ValueError(f"{source} has no images in split {split}")
-    note.unlink(missing_ok=True)
+    if note is not None:
+        note.unlink(missing_ok=True)
     seconds = time.monotonic() - began
     return {"model": name, **tally.summary(), "crop_pct": settings.crop_pct,
             "interpolation": settings.interpolation,

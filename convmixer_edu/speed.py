@@ -4,10 +4,9 @@
 __all__ = ['VISITS', 'Workload', 'step_flops', 'step_bytes', 'ceilings', 'Floor', 'floor', 'real_dtypes', 'choose_precision',
            'keep_freed_memory', 'Choice', 'choices', 'CompiledSequential', 'prepare', 'autocast', 'frozen', 'Recorded',
            'make_step', 'time_step', 'probe', 'device_name', 'known', 'choose', 'remember', 'remember_all',
-           'profile_step', 'measure', 'main']
+           'profile_step', 'measure']
 
 # %% ../nbs/P2_speed.ipynb #c5efb5c8
-import argparse
 import contextlib
 import ctypes
 import json
@@ -25,8 +24,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from .anatomy import count_macs, count_parameters
-from .checkpoint import write_atomically
-from .depthwise import can_use, fast_depthwise
+from .checkpoint import CheckpointError, write_atomically
+from .data import cache_folder, is_own, make_private
+from .depthwise import (can_use, fast_depthwise,
+                                     keep_compiled_code_private)
 from .model import ConvMixer
 
 # %% ../nbs/P2_speed.ipynb #f1d7d330
@@ -237,6 +238,7 @@ class CompiledSequential(nn.Sequential):
 
 def _compile(part, choice):
     "Compile a Sequential in place, as one piece"
+    keep_compiled_code_private()
     part.__class__ = CompiledSequential
     part.compile(dynamic=False, options={
         "layout_optimization": choice.layout_optimization})
@@ -469,15 +471,18 @@ def _key(work, device):
 
 
 def _cache_file():
-    "Where choices are kept, beside the decoded images"
-    root = os.environ.get("CONVMIXER_CACHE") or "~/.cache/convmixer_edu"
-    return Path(root).expanduser() / "speed.json"
+    "Where choices are kept, beside the decoded images; None: nowhere"
+    folder = cache_folder()
+    return folder and folder / "speed.json"
 
 
 def _read_cache(file=None):
-    "The choices kept so far; a damaged file counts as none"
+    "The choices kept; a damaged file or another user's counts as none"
+    ours = _cache_file()
+    if file is None and (ours is None or not is_own(ours)):
+        return {}
     try:
-        kept = json.loads((file or _cache_file()).read_text())
+        kept = json.loads((file or ours).read_text())
         return {key: Choice(**fields) for key, fields in kept.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
@@ -530,11 +535,14 @@ def remember_all(
 
 def _keep(new):
     "Add to the cache; another process may have written to it meanwhile"
+    file = _cache_file()
+    if file is None:
+        return
     kept = {**_read_cache(), **new}
     text = json.dumps({k: asdict(c) for k, c in kept.items()}, indent=1)
-    with contextlib.suppress(OSError):  # a disk that is full, or read-only
-        _cache_file().parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(_cache_file(), text.encode())
+    with contextlib.suppress(OSError, CheckpointError):  # a disk that is full
+        make_private(file.parent)
+        write_atomically(file, text.encode())
 
 # %% ../nbs/P2_speed.ipynb #69e180be
 def profile_step(
@@ -592,62 +600,3 @@ def measure(
             "floor": asdict(limit),
             "part_of_floor": limit.seconds * best.images_per_second
             / work.batch_size, "profile": names}
-
-# %% ../nbs/P2_speed.ipynb #0b10bd5d
-def main(
-    arguments: list[str] | None = None,  # None: the command line's
-) -> None:
-    "Measure a model with several kernel sizes: a JSON file for each"
-    parser = argparse.ArgumentParser("python -m convmixer_edu.speed")
-    parser.add_argument("--out", type=Path, default=Path("speed"),
-                        help="folder for the records, one for each k")
-    parser.add_argument("--device", help="cpu or cuda; the best by default")
-    parser.add_argument("--seconds", type=float, default=1200.0,
-                        help="no new k is begun after that")
-    parser.add_argument("--kernels", type=int, nargs="+",
-                        default=[3, 5, 7, 9], help="sizes to measure")
-    for name, value in asdict(Workload()).items():
-        if name not in ("kernel_size", "train"):
-            parser.add_argument(f"--{name.replace('_', '-')}",
-                                type=type(value), default=value)
-    parser.add_argument("--forward", action="store_true",
-                        help="the forward pass, not a training step")
-    settings = vars(parser.parse_args(arguments))
-    out, kernels = settings.pop("out"), settings.pop("kernels")
-    seconds, name = settings.pop("seconds"), settings.pop("device")
-    device = torch.device(
-        name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    keep_freed_memory()
-    out.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + seconds
-    train = not settings.pop("forward")
-    for k in kernels:
-        work = Workload(kernel_size=k, train=train, **settings)
-        left = deadline - time.monotonic()
-        _measure_into(out, work, device, left, seconds / len(kernels))
-
-
-def _measure_into(out, work, device, left, share):
-    "A record in the folder, unless it is there already or time is up"
-    kind = "train" if work.train else "forward"
-    file = out / f"{kind}-k{work.kernel_size}.json"
-    if file.exists():
-        old = json.loads(file.read_text())
-        here = [old["device"], old["torch"], old["threads"], old["work"]]
-        if json.dumps(here) == _key(work, device):
-            print(f"{file}: there already")
-            return
-    if left <= 0:
-        print(f"{file}: no time left, call again to go on")
-        return
-    print(f"{file}:", flush=True)
-    record = measure(work, device, min(left, share),
-                     lambda c: print(f"  {c!s:45s} "
-                                     f"{c.images_per_second:9,.0f} images/s "
-                                     f"{c.reason}", flush=True))
-    write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
-    print(f"  {100 * record['part_of_floor']:.0f} % of the floor")
-
-# %% ../nbs/P2_speed.ipynb #75620846
-if __name__ == "__main__" and "__file__" in globals():  # not in a notebook
-    main()

@@ -147,7 +147,8 @@ def work(
 # %% ../nbs/B2_sweep.ipynb #300324d7
 _TIMES = {"seconds", "images_per_second", "peak_memory_mb"}  # never twice
 _PLACE = {"device", "kind", "threads", "processes", "python", "torch",
-          "timm", "commit", "cuda_graph", "command", "name", "scale"}
+          "timm", "commit", "cuda_graph", "command", "name", "scale",
+          "parts", "seal"}
 
 
 def decisive(

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -24,10 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoint import (CheckpointError, claimed, collect,
-                                      keyed_generator, latest, open_mirror,
-                                      read_checkpoint, read_json, restore,
-                                      save_step, sweep, write_atomically,
+from . import __version__
+from .checkpoint import (CheckpointError, check_note, check_run,
+                                      check_tensors, claimed, collect,
+                                      expected_tensors, keyed_generator,
+                                      latest, open_mirror, read_checkpoint,
+                                      restore, save_step, seal_run, step_file,
+                                      sweep, write_atomically,
                                       write_checkpoint)
 from .data import (ImageSet, load_images, resolve_source,
                                 split_holdout, stratified_index)
@@ -40,9 +44,10 @@ from .inference import (Statistics, choose_device, score,
                                      statistics)
 from .initialize import covariance_init
 from .model import IMAGENET
-from .recipe import (CHOICES, PRESETS, Config, augmentation,
-                                  learning_rate, make_model,
-                                  make_optimizer, with_settings)
+from .recipe import (CHOICES, FREE, PRESETS, Config,
+                                  augmentation, check_kind, learning_rate,
+                                  make_model, make_optimizer, read_setup,
+                                  recipe_digest, with_settings)
 from .speed import (Choice, Recorded, Workload, autocast,
                                  choose, choose_precision, device_name,
                                  keep_freed_memory, prepare)
@@ -125,7 +130,8 @@ def _setup_record(c, source, data, stats):
             if Path(source).is_dir() else source, "classes": data.classes,
             "channels": channels, "image_size": [height, width],
             "mean": stats.mean, "std": stats.std,
-            "train_images": len(data), "train_fingerprint": data.fingerprint}
+            "train_images": len(data), "train_fingerprint": data.fingerprint,
+            "version": __version__}
 
 
 def _statistics(c, data):
@@ -148,18 +154,28 @@ def _machine(device, dtype):
             "python": platform.python_version(), "torch": torch.__version__,
             "timm": timm.__version__, "commit": _commit()}
 
+# %% ../nbs/06_training.ipynb #3f88b082
+_ASK = ["git", "-c", "core.fsmonitor=false", "-c",
+        f"core.hooksPath={os.devnull}", "describe", "--always", "--dirty",
+        "--abbrev=12"]
+
 
 def _commit():
-    "$CONVMIXER_COMMIT if that is set, else the commit of this checkout"
-    here = Path(__file__).parent if "__file__" in globals() else Path.cwd()
+    "$CONVMIXER_COMMIT, else the commit of the package's checkout, or None"
     if told := os.environ.get("CONVMIXER_COMMIT"):  # a copy has no history
         return told
-    with suppress(OSError, subprocess.CalledProcessError):  # no git, no repo
-        asked = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty",
-             "--abbrev=12"], capture_output=True, text=True, check=True)
-        return asked.stdout.strip()
-    return os.environ.get("CONVMIXER_COMMIT")
+    here = Path(__file__).parent if "__file__" in globals() else Path.cwd()
+    root, env = here.parent, {name: value for name, value in
+                              os.environ.items() if name[:4] != "GIT_"}
+    env |= {"GIT_CEILING_DIRECTORIES": str(root.parent),
+            "GIT_OPTIONAL_LOCKS": "0"}
+    with suppress(OSError, ValueError, subprocess.SubprocessError):
+        if (root / ".git").exists() and "lib_path = convmixer_edu" in (
+                root / "settings.ini").read_text("utf8"):
+            return subprocess.run(_ASK, cwd=root, env=env, timeout=60,
+                                  capture_output=True, text=True,
+                                  check=True).stdout.strip()
+    return None
 
 # %% ../nbs/06_training.ipynb #2522dc22
 def _peak_memory_mb(device):
@@ -195,6 +211,9 @@ class Run:
         self.steps = steps_per_epoch(len(data), c.batch_size)
         self.batch = min(c.batch_size, len(data))
         self.mirror = None  # another folder that follows this one
+        self.setup = {}  # what config.json holds
+        self.machine = _machine(device, self.dtype)
+        self.parts = []  # where it ran, a record for each change
         self.done = 0  # steps done since the run began
         self.seconds = 0.0  # spent training, over all parts of the run
         self.metrics = []  # one record an epoch
@@ -229,7 +248,8 @@ def _save(run: Run):
         tensors = collect(run.model, run.optimizer)
         tensors["loop.loss_sum"] = loss_sum
         meta = {"step": run.done, "seconds": run.seconds,
-                "metrics": run.metrics, "scaler": run.scaler.state_dict()}
+                "metrics": run.metrics, "scaler": run.scaler.state_dict(),
+                "recipe": recipe_digest(run.setup), "parts": run.parts}
         save_step(run.out, run.done, tensors, meta)
         _update_mirror(run)
 
@@ -239,28 +259,75 @@ def _update_mirror(run):
     if run.mirror is not None:
         run.mirror.update()
 
+# %% ../nbs/06_training.ipynb #1996c3a5
+_META = {"step": int, "seconds": float, "metrics": [dict], "scaler": dict,
+         "recipe": str, "parts": [dict]}
+_LINE = {"epoch": int, "loss": float, "lr": float, "seconds": float}
+
+
+def _check_checkpoint(run: Run, file, tensors, meta):
+    "Whether a checkpoint is one of this run; `CheckpointError` if not"
+    recipe, total = recipe_digest(run.setup), run.c.epochs * run.steps
+    if "version" not in run.setup:  # begun by one that did not note them
+        meta.setdefault("recipe", recipe), meta.setdefault("parts", [])
+    check_note(meta, _META, file, set())
+    for line in meta["metrics"]:
+        check_note(line, _LINE, file)
+    check_note(meta["scaler"], dict.fromkeys(run.scaler.state_dict(), float),
+               file, set())
+    step, epochs = meta["step"], [line["epoch"] for line in meta["metrics"]]
+    for wrong, words in [
+            (meta["recipe"] != recipe, "belongs to another run"),
+            (not 0 <= step <= total, f"is of step {step} of {total}"),
+            (file.name != step_file(step), f"is of step {step}, its name says another"),
+            (epochs != [*range(1, len(epochs) + 1)]
+             or len(epochs) != step // run.steps,
+             f"tells of {len(epochs)} epochs after {step} steps"),
+            (meta["seconds"] < 0, "took less than no time")]:
+        if wrong:
+            raise CheckpointError(f"{file} {words}: expected a checkpoint of "
+                                  "the run that config.json describes")
+    _check_state(run, file, tensors, step > 0)
+
+# %% ../nbs/06_training.ipynb #1996c3a6
+def _check_state(run: Run, file, tensors, begun):
+    "Whether a checkpoint's tensors are those of this run"
+    sum_ = tensors.get("loop.loss_sum", torch.tensor(0))
+    like = expected_tensors(run.model, run.optimizer, begun)
+    like["loop.loss_sum"] = torch.zeros(  # float32 where it is from a Mac
+        (), dtype=sum_.dtype if sum_.is_floating_point() else torch.float64)
+    check_tensors(tensors, like, f"{file} belongs to another model")
+
 
 def _load(run: Run):
     "Go on from the newest checkpoint; whether there is one"
-    found = from_main(lambda: latest(run.out))
+    places = [run.out, *([run.mirror.mirror] if run.mirror else [])]
+    found = from_main(lambda: latest(
+        *places, check=lambda *each: _check_checkpoint(run, *each)))
     if found is None:
         return False
     tensors, meta = found
-    try:
-        restore(run.model, run.optimizer, tensors)
-        run.loss_sum.copy_(tensors["loop.loss_sum"])
-        run.seconds, run.metrics = float(meta["seconds"]), [*meta["metrics"]]
-        if meta["step"] not in range(run.c.epochs*run.steps + 1) or \
-                not 0 <= run.seconds < 1e9:
-            raise ValueError("a step outside the run")
-        run.done = int(meta["step"])
-        if run.scaler.is_enabled():
-            run.scaler.load_state_dict(meta["scaler"])
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
-        what = e if isinstance(e, CheckpointError) else "its parts do not fit"
-        raise CheckpointError(f"the newest checkpoint in {run.out} is not of "
-                              f"this run ({what}): remove it") from None
+    restore(run.model, run.optimizer, tensors)
+    run.loss_sum.copy_(tensors["loop.loss_sum"])
+    run.done, run.seconds = meta["step"], meta["seconds"]
+    run.metrics, run.parts = meta["metrics"], meta["parts"]
+    if run.scaler.is_enabled():
+        run.scaler.load_state_dict(meta["scaler"])
     return True
+
+# %% ../nbs/06_training.ipynb #1996c3a8
+def _take_over(run: Run):
+    "Note on what the run goes on, and say so when that is something else"
+    last = run.parts[-1] if run.parts else run.machine
+    changed = [f"{name} ({last.get(name)} before, {value} now)"
+               for name, value in run.machine.items()
+               if last.get(name) != value]
+    if changed and is_main():
+        warnings.warn(f"{run.out} goes on with another {', '.join(changed)}: "
+                      "the last bits of its weights may differ from those of "
+                      "an undisturbed run")
+    if changed or not run.parts:
+        run.parts = [*run.parts, {"first_step": run.done + 1, **run.machine}]
 
 # %% ../nbs/06_training.ipynb #fd21babf
 def _loop(run: Run, report, stop, seconds):
@@ -444,6 +511,7 @@ def train(
     or that another process trains in,
     `Stopped` when it was stopped and `Diverged` for a loss that is no
     number."""
+    _check_torch()
     device, out = choose_device(setup(device)), Path(out)
     source = resolve_source(source)
     keep_freed_memory()
@@ -458,11 +526,23 @@ def train(
         run = _open_run(config, source, out, data, held, resume, device,
                         mirror, first, until_the_end)
         if (out / "run.json").exists():
+            record = _read_result(out)  # before anything is dropped
             from_main(lambda: _sweep_finished(run))
-            return read_json(out / "run.json", _RESULT)
+            return record
         with stop_signal() as stop:
             _loop(run, report, stop, seconds)
         return _finish(run, test, report)
+
+
+def _check_torch():
+    "What another cell may have set for all of torch"
+    for what, now, usual in (
+            ("default dtype", torch.get_default_dtype(), torch.float32),
+            ("default device", torch.get_default_device().type, "cpu"),
+            ("grad mode", torch.is_grad_enabled(), True)):
+        if now != usual:
+            raise ValueError(f"torch's {what} was set to {now}, expected "
+                             f"{usual}: set it back before training")
 
 
 def _check_share(batch):
@@ -496,69 +576,70 @@ def _check_data(c, data, test):
 def _open_run(c, source, out, data, held, resume, device, mirror, first,
               until_the_end):
     "A new folder, or the one that is there, checked and picked up"
-    claim = lambda: _claim(out, until_the_end)
-    begun = from_main(lambda: resume and (out / "config.json").exists())
-    if begun:  # before anything in it is touched
-        from_main(claim)
+    from_main(lambda: _claim(out, until_the_end))  # before all else
     follow = mirror and from_main(
         lambda: open_mirror(Path(mirror), out, resume))
-    first = _first_weights(c, out, data, first)
+    first = _first_weights(c, out, data, first, follow)
     old = from_main(lambda: _open_folder(c, source, out, data, resume,
                                          device))
-    if not begun:  # there is a folder now
-        from_main(claim)
     run = Run(c, out, data, held, device, Choice(**old["choice"]),
               old["depthwise"])
-    run.mirror = follow
-    if not (resume and _load(run)) and first is not None:
-        _begin(run, first)
+    run.mirror, run.setup = follow, old
+    if (out / "run.json").exists():
+        return run
+    if not (resume and _load(run)):
+        if resume and is_main():
+            warnings.warn(f"there is no checkpoint in {out}: the run begins "
+                          "again with its first step")
+        if first is not None:
+            _begin(run, first)
+    _take_over(run)
     return run
 
 
 def _claim(out, until_the_end):
-    "Keep a second process out of a run's folder"
+    "Make a run's folder if need be, and keep a second process out of it"
+    if not out.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        until_the_end.callback(_remove_empty, out)  # nothing came of it
     if not until_the_end.enter_context(claimed(out / ".lock")):
         raise ValueError(f"{out} is being trained by another process: wait "
                          "for its end or stop it")
 
 
-_BEGUN = {"config": dict, "choice": dict, "depthwise": str,
-          "train_fingerprint": str}
-_RESULT = {"test_accuracy": float, "test_images": int, "steps": int,
-           "seconds": float, "images_per_second": float, "precision": str,
-           "device": str, "peak_memory_mb": (int, type(None)),
-           "config": {key: int for key in (
-               "dim", "depth", "kernel_size", "patch_size", "epochs")}}
+def _remove_empty(folder):
+    "Remove a folder if there is nothing in it"
+    with suppress(OSError):
+        folder.rmdir()
 
-
+# %% ../nbs/06_training.ipynb #7b5b3d7b
 def _open_folder(c, source, out, data, resume, device):
     "What config.json holds, written now or when the run began"
     note = out / "config.json"
     if resume and not note.exists():
         raise ValueError(f"{out} holds no run to go on with: config.json is "
                          "missing, start without --resume")
-    if not resume and out.exists() and any(
-            f.name[0] != "." for f in out.iterdir()):  # .DS_Store is none
+    if not resume and any(f.name[0] != "." for f in out.iterdir()):
         raise ValueError(f"{out} is not empty: go on with it (--resume) or "
-                         "choose another folder")
+                         "choose another folder")  # .DS_Store is none
     record = _setup_record(c, source, data, _statistics(c, data))
     if resume:
-        old = read_json(note, _BEGUN)
-        _check_same(json.loads(json.dumps(record)), old, out)
+        before, old = read_setup(note)
+        _check_same(json.loads(json.dumps(record)), before, old, out)
         sweep(out)
         return old
-    out.mkdir(parents=True, exist_ok=True)
     choice, depthwise = _choose(c, data, device)
     record = {**record, "choice": dataclasses.asdict(choice),
               "depthwise": depthwise}
     _write_json(note, record)
-    return record
+    return json.loads(json.dumps(record))
 
 # %% ../nbs/06_training.ipynb #849fad45
-def _first_weights(c, out, data, first):
+def _first_weights(c, out, data, first, mirror):
     "What a run begins with; None if it has begun, or begins at random"
     begun = (out / "run.json").exists() or any(
-        out.glob("checkpoint-*.safetensors"))
+        any(folder.glob("checkpoint-*.safetensors"))
+        for folder in [out, *([mirror.mirror] if mirror else [])])
     if not c.start or begun:
         return None
     if first is None:
@@ -592,30 +673,35 @@ def _begin(run, first):
     _load(run)
 
 # %% ../nbs/06_training.ipynb #cb97b4dc
-_FREE = {"checkpoint_seconds", "workers"}  # what may change
+def _check_word(setting, word):
+    "A choice that was made is one of a setting's words, but not auto"
+    if word not in CHOICES[setting][1:]:
+        raise ValueError(f"{setting} is {word!r:.60}")
 
 
-def _check_same(new, old, out):
+def _check_same(new, before, old, out):
     "A resumed run is the same run: same recipe, same data"
     try:
-        before = dataclasses.asdict(with_settings(Config(), old["config"]))
-        if Choice(**old["choice"]).dtype not in CHOICES["precision"][1:]:
-            raise ValueError("its choice names no type to compute in")
-        if old["depthwise"] not in CHOICES["depthwise"][1:]:
-            raise ValueError("its depthwise is no way to compute a gradient")
-    except (TypeError, ValueError) as error:
+        for name, value in dataclasses.asdict(
+                Choice(**old["choice"])).items():
+            check_kind(name, value, type(getattr(Choice(), name)))
+        _check_word("precision", old["choice"].get("dtype", "float32"))
+        _check_word("depthwise", old["depthwise"])
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{out / 'config.json'} is of no use here "
                          f"({error}): start a new run") from None
-    changed = [f"{key} ({before[key]} there, {value} now)"
+    changed = [f"{key} ({getattr(before, key)} there, {value} now)"
                for key, value in new["config"].items()
-               if before[key] != value and key not in _FREE]
+               if getattr(before, key) != value and key not in FREE]
     if changed:
         raise ValueError(f"{out} was begun with another recipe: "
                          f"{', '.join(changed)}; give the same settings or "
                          "choose another folder")
-    if new["train_fingerprint"] != old["train_fingerprint"]:
-        raise ValueError(f"{out} was begun with other training images: give "
-                         "the same --data or choose another folder")
+    for name in new.keys() - {"config", "source", "version"}:
+        if new[name] != old[name]:
+            raise ValueError(f"{out} was begun with other training images, "
+                             f"their {name} differ: give the same --data or "
+                             "choose another folder")
 
 # %% ../nbs/06_training.ipynb #a83d4c5d
 def _choose(c, data, device):
@@ -668,8 +754,8 @@ def _finish(run: Run, test, report):
     if is_main():  # first, so that whatever fails now costs no training
         weights = {k: v.detach().cpu().contiguous()
                    for k, v in run.model.state_dict().items()}
-        write_checkpoint(run.out / "model.safetensors", weights,
-                         {"kind": "weights"})
+        write_checkpoint(run.out / "model.safetensors", weights, {
+            "kind": "weights", "recipe": recipe_digest(run.setup)})
     seen = _score(run, test)
     few = stratified_index(run.data.labels.cpu(), min(10_000, len(run.data)))
     own = _score(run, run.data.subset(few))
@@ -682,17 +768,35 @@ def _finish(run: Run, test, report):
         "seconds": round(run.seconds, 2),
         "images_per_second": round(run.done * run.batch / run.seconds, 1),
         "peak_memory_mb": _peak_memory_mb(run.device),
-        "steps": run.done, **_machine(run.device, run.dtype),
+        "steps": run.done, **run.machine, "parts": run.parts,
         "cuda_graph": bool(getattr(run.step, "graph", None)),
         "config": dataclasses.asdict(run.c),
         "train_fingerprint": run.data.fingerprint,
         "test_fingerprint": test.fingerprint}
     if is_main():
+        _write_metrics(run)
+        record["seal"] = seal_run(run.out, record)
         _write_json(run.out / "run.json", record)
         _sweep_finished(run)
     if report and is_main():
         report({"event": "done", **record})
     return from_main(lambda: record)
+
+
+_RESULT = {"test_accuracy": float, "test_images": int, "seconds": float,
+           "images_per_second": float, "steps": int, "device": str,
+           "precision": str, "config": dict}
+
+
+def _read_result(out):
+    "run.json of a finished run, checked; one that failed says so only"
+    record = check_run(out)
+    if "failed" not in record:
+        check_note(record, _RESULT, out / "run.json")
+        check_note(record["config"], {
+            "dim": int, "depth": int, "kernel_size": int, "patch_size": int,
+            "epochs": int}, out / "run.json")
+    return record
 
 
 def _sweep_finished(run):

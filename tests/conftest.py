@@ -9,6 +9,7 @@ import pytest
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch loads, as the package does
 ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".pytest_cache" / "compiled"))  # once for all tests
 HOUR = 3600  # seconds: a guard against what hangs, out of reach of a machine that is only busy
 FIRST, LAST = ["test_notebooks"], ["test_chapters", "test_book", "test_package"]
 

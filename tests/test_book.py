@@ -19,6 +19,7 @@ from bs4 import BeautifulSoup
 from conftest import HOUR, ROOT, environment, real_data
 from first_cell import reference
 from nbdev.config import get_config
+from nbdev_reader import POLICY
 
 from convmixer_edu.anatomy import count_macs
 from convmixer_edu.claims import claims
@@ -78,6 +79,22 @@ def test_page_asks_no_other_host(built, page):
     outside = [address for address in wanted if address and urlsplit(address).netloc]
     assert not outside
     assert not re.search(r"(import|fetch|importScripts)\s*\(?\s*[\"'](https?:)?//", scripts)
+    (policy,) = soup(page).select("head meta[http-equiv=Content-Security-Policy]")
+    assert policy["content"] == POLICY and not policy.find_previous("script"), "the policy comes after a script"
+    assert "default-src 'none'" in POLICY and "//" not in POLICY and "*" not in POLICY
+    assert "thebe" not in (HTML / f"{page}.html").read_text("utf8")
+    leaving = [link for link in soup(page).select("a[href]") if urlsplit(link["href"]).netloc]
+    assert not [link["href"] for link in leaving if "noopener" not in link.get("rel", [])]
+
+
+def test_the_policy_of_a_page_stops_a_request(site, tab):
+    """A picture of another host, put into a page, is not asked for: a browser that heeds the policy says so."""
+    asked, complaints = tab.open(f"{site}{PAGES[0]}.html")
+    assert not complaints
+    script = """new Promise(done => {
+        document.addEventListener("securitypolicyviolation", event => done(event.blockedURI));
+        new Image().src = "http://127.0.0.1:9/x.png"; setTimeout(done, 5000)})"""
+    assert tab.evaluate(script) == "http://127.0.0.1:9/x.png"
 
 
 @every_page

@@ -382,14 +382,14 @@ def test_hub(monkeypatch):
     table = datasets.Dataset.from_dict(
         {"img": [Image.fromarray(p) for p in pictures], "label": [0, 1] * 6}, features=features)
 
-    def load_dataset(name, split):
-        asked.append((name, split))
+    def load_dataset(name, split, revision):
+        asked.append((name, split, revision))
         return table
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(data, "_hub_reachable", lambda: True)
     s = load_images()
-    assert torch.equal(s.images, to_chw(pictures)) and asked == [(DEFAULT_SOURCE, "train")]
+    assert torch.equal(s.images, to_chw(pictures)) and asked == [(DEFAULT_SOURCE, "train", "0b2714987fa478483af9968de7c934580d0bb9a2")]
     monkeypatch.setattr(data, "_hub_reachable", lambda: False)
     assert load_images().fingerprint == s.fingerprint and len(asked) == 1  # the cache needs no network
 
@@ -593,7 +593,7 @@ def test_test_is_never_taken_for_validation(tmp_path):
 
 @pytest.mark.parametrize("columns, names, words", [
     ({"image": [b""], "label": [b"cat"]}, None, "no label column"),
-    ([("img", [b""]), ("img", [1])], None, "two columns of one name"),
+    ([("img", [b""]), ("img", [1])], None, "train.parquet cannot be read"),
     ({"img": [b"x"], "label": ["cat"]}, ["cat", "dog"], "image 0 of .* its bytes are no picture|only the class cat"),
     ({"img": [b"x"], "label": [b"cat"]}, ["cat", "dog"], "no label column"),
     ({"img": [b"x"], "label": [0]}, 7, "only the class 0"),

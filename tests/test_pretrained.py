@@ -500,6 +500,41 @@ def test_another_network_on_the_hub_is_refused(hub, tmp_path):
         load_pretrained("convmixer_768_32")
 
 
+def pinned(monkeypatch, content):
+    """Let the small network be published with this file at this commit."""
+    import dataclasses
+    entry = dataclasses.replace(PUBLISHED["convmixer_768_32"], sha256=hashlib.sha256(content).hexdigest(), revision="5" * 40)
+    monkeypatch.setitem(PUBLISHED, "convmixer_768_32", entry)
+
+
+def test_only_the_file_that_was_published_is_taken(hub, monkeypatch, tmp_path):
+    """A repository that changed, another server: weights of the same shapes, whole, under their own checksum."""
+    good = hub.content[0]
+    pinned(monkeypatch, good)
+    save_file(tiny(seed=1, num_classes=1000).state_dict(), tmp_path / "other")
+    hub.content[:] = [(tmp_path / "other").read_bytes()]
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="is not the file that was published"), \
+                pytest.raises(CheckpointError, match=f"of no use .*its SHA-256 is [0-9a-f]{{64}}, expected {PUBLISHED['convmixer_768_32'].sha256}"):
+            load_pretrained("convmixer_768_32")
+    hub.content[:] = [good]
+    with pytest.warns(UserWarning, match="fetched anew"):
+        load_pretrained("convmixer_768_32")
+    assert {ask[2] for ask in hub.asked} == {"5" * 40}
+
+
+def test_a_file_that_cannot_be_compared_is_said(hub, capsys):
+    load_pretrained("convmixer_768_32")
+    assert f"we know no checksum; it has the SHA-256 {hashlib.sha256(hub.content[0]).hexdigest()}" in capsys.readouterr().err
+
+
+def test_what_is_pinned_looks_like_a_checksum_and_a_commit():
+    for entry in PUBLISHED.values():
+        for value, length in ((entry.sha256, 64), (entry.revision, 40)):
+            assert value is None or (len(value) == length and set(value) <= set("0123456789abcdef"))
+    assert PUBLISHED["convmixer_768_32"].revision and sum(entry.sha256 is not None for entry in PUBLISHED.values()) == 2
+
+
 class Server(http.server.BaseHTTPRequestHandler):
     """As much of the Hub as one file needs; `plan` says how many bytes each download gets before the line breaks."""
 
@@ -510,7 +545,8 @@ class Server(http.server.BaseHTTPRequestHandler):
 
     def do_HEAD(self):
         self.send_response(200)
-        for name, value in {"X-Repo-Commit": "1" * 40, "Content-Length": len(self.content), "X-Linked-Size": len(self.content),
+        commit = next((part for part in self.path.split("/") if len(part) == 40), "1" * 40)
+        for name, value in {"X-Repo-Commit": commit, "Content-Length": len(self.content), "X-Linked-Size": len(self.content),
                             "X-Linked-Etag": f'"{hashlib.sha256(self.content).hexdigest()}"'}.items():
             self.send_header(name, str(value))
         self.end_headers()
@@ -543,9 +579,12 @@ def real_hub(monkeypatch, tmp_path):
     server.shutdown()
 
 
-def test_the_real_client_keeps_its_cache_sound(real_hub):
+@pytest.mark.parametrize("pin", [False, True])
+def test_the_real_client_keeps_its_cache_sound(real_hub, monkeypatch, pin):
     """A line that breaks, a file that rots, a server that is gone."""
     server, model, cache = real_hub
+    if pin:
+        pinned(monkeypatch, server.content)
     server.plan[:] = [500]  # after so many bytes the line breaks; the client asks for the rest
     x = torch.rand(1, 3, 16, 16)
     assert torch.equal(load_pretrained("convmixer_768_32")(x), model(x))

@@ -1,8 +1,6 @@
 """Speed: what the hardware has, the floor by hand, the probe and its cache, the records of the command."""
 
 import json
-import subprocess
-import sys
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -10,7 +8,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import HOUR, ROOT
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -278,34 +275,13 @@ def test_a_profile_names_what_took_the_time():
     assert len(speed.profile_step(step, CPU, top=3)) == 3
 
 
-def run(folder, *more):
-    speed.main(["--out", str(folder), "--device", "cpu", "--dim", "8", "--depth", "1", "--patch-size", "4",
-                "--batch-size", "4", "--kernels", "3", "5", *more])
-
-
-def test_the_command_goes_on_where_it_was(tmp_path, capsys):
+def test_a_record_holds_what_was_measured_and_on_what():
     eager = [c for c in speed.choices(CPU) if not c.compile]
     with patch.object(speed, "choices", return_value=eager):
-        run(tmp_path, "--seconds", "0")
-        assert capsys.readouterr().out.count("no time left") == 2 and not list(tmp_path.iterdir())
-        run(tmp_path)
-        files = {file.name: json.loads(file.read_text()) for file in tmp_path.iterdir()}
-        assert set(files) == {"train-k3.json", "train-k5.json"}
-        capsys.readouterr()
-        run(tmp_path)
-        assert capsys.readouterr().out.count("there already") == 2
-        run(tmp_path, "--batch-size", "5", "--forward")  # a folder holds both kinds
-    assert {file.name for file in tmp_path.iterdir()} == {*files, "forward-k3.json", "forward-k5.json"}
-    record = files["train-k3.json"]
+        record = json.loads(json.dumps(speed.measure(TINY, CPU, 60)))
     assert record["work"] == asdict(TINY) and record["torch"] == torch.__version__
     assert record["best"] == max(record["probe"], key=lambda c: c["images_per_second"])
     assert len(record["probe"]) == len(eager)
     longest = max(record["floor"].values())
     assert record["part_of_floor"] == pytest.approx(longest * record["best"]["images_per_second"] / 4)
     assert record["profile"] and record["profile"][0][1] <= 1
-
-
-def test_it_runs_as_a_module():
-    done = subprocess.run([sys.executable, "-m", "convmixer_edu.speed", "--help"], cwd=ROOT, capture_output=True,
-                          text=True, timeout=HOUR)
-    assert done.returncode == 0 and "--kernels" in done.stdout, done.stderr

@@ -1,0 +1,160 @@
+// The network in the page. A <figure class="live"> holds stored answers; this turns them into something to play with,
+// once asked. Without JavaScript, or if anything fails, the answers stay.
+import { order, shuffled } from "./network.js"
+
+const here = new URL(".", import.meta.url)
+const percent = part => part < 0.01 ? "under 1 %" : part > 0.99 ? "over 99 %" : `${Math.round(100 * part)} %`
+const OFFER = "Wake the network (1.2 MB)"
+
+/** An element with properties and children */
+function make(name, properties = {}, ...children) {
+  const { aria = {}, ...rest } = properties, element = Object.assign(document.createElement(name), rest)
+  for (const [key, value] of Object.entries(aria)) element.setAttribute(key, value)
+  element.append(...children)
+  return element
+}
+
+/** Any picture as the network gets it: its middle square, 32 x 32, as bytes (H, W, 4) */
+function bytes(picture, size) {
+  const canvas = new OffscreenCanvas(size, size), pen = canvas.getContext("2d", { willReadFrequently: true })
+  const w = picture.naturalWidth ?? picture.width, h = picture.naturalHeight ?? picture.height, side = Math.min(w, h)
+  if (side > 2 * size) { // halve it until a smooth step is enough: no false patterns
+    const half = new OffscreenCanvas(Math.ceil(side / 2), Math.ceil(side / 2)), halfPen = half.getContext("2d")
+    halfPen.drawImage(picture, (w - side) / 2, (h - side) / 2, side, side, 0, 0, half.width, half.height)
+    return bytes(half, size)
+  }
+  pen.imageSmoothingQuality = "high"
+  pen.drawImage(picture, (w - side) / 2, (h - side) / 2, side, side, 0, 0, size, size)
+  return pen.getImageData(0, 0, size, size).data
+}
+
+class Live {
+  constructor(figure) {
+    this.figure = figure
+    this.stored = figure.querySelector("ul")
+    this.start = make("button", { type: "button", className: "live-start", textContent: OFFER })
+    this.status = make("p", { className: "live-status", aria: { role: "status" } })
+    this.start.onclick = () => this.worker ? this.stop() : this.wake()
+    this.stored.after(this.start, this.status)
+  }
+
+  stop(sentence = "") {
+    this.worker?.terminate()
+    this.worker = null
+    this.status.textContent = sentence
+    this.start.textContent = OFFER
+  }
+
+  wake() {
+    this.worker = new Worker(new URL("worker.js", here), { type: "module" })
+    this.worker.onerror = () => this.stop("This browser did not start the network. The stored answers stay.")
+    this.worker.onmessage = ({ data }) => this.hear(data)
+    this.worker.postMessage({ load: new URL("run/", here).href })
+    this.start.textContent = "Cancel"
+    this.status.textContent = "fetching …"
+  }
+
+  hear({ have, all, ready, error, id, took, chances, stages }) {
+    if (have) this.status.textContent = `fetching … ${Math.round(100 * have / all)} %`
+    else if (ready) this.open(ready)
+    else if (error && !this.panel) this.stop(`The network could not be fetched: ${error}. The stored answers stay.`)
+    else if (error) this.status.textContent = `No answer: ${error}.`
+    else if (id === this.asked) this.show(took, chances, stages)
+  }
+
+  /** Ready: the stored answers become a row of pictures to choose from, and a panel */
+  open(shape) {
+    Object.assign(this, { shape, stage: shape.depth })
+    const pictures = [...this.stored.querySelectorAll("img")], name = `live-${Math.random()}`
+    this.choices = make("div", { className: "live-choices", aria: { role: "radiogroup", "aria-label": "pictures" } })
+    for (const [i, img] of pictures.entries()) {
+      const radio = make("input", { type: "radio", name, onchange: () => this.take(img), aria: { "aria-label": img.alt } })
+      this.choices.append(make("label", {}, radio, img.cloneNode()))
+      if (!i) radio.checked = true
+    }
+    const own = make("input", { type: "file", accept: "image/*", onchange: () => this.own(own.files[0]) })
+    this.canvas = make("canvas", { className: "live-picture", width: 320, height: 320, aria: { role: "img" } })
+    this.mix = make("input", { type: "checkbox", onchange: () => this.ask() })
+    this.bars = make("ol", { className: "live-bars" })
+    this.maps = make("div", { className: "live-maps" })
+    this.slider = make("input", { type: "range", min: 0, max: shape.depth, value: shape.depth,
+      oninput: () => this.draw(), aria: { "aria-label": "stage of the network" } })
+    this.stageName = make("output")
+    this.panel = make("div", { className: "live-panel" },
+      make("div", {}, this.canvas, make("label", { className: "live-switch" }, this.mix, " shuffle the patches")),
+      make("div", {}, this.bars, make("label", { className: "live-stage" }, this.stageName, this.slider), this.maps))
+    this.figure.prepend(this.choices,
+      make("label", { className: "live-own" }, "or a picture of your own: choose, drop or paste ", own), this.panel)
+    this.stored.hidden = this.start.hidden = true
+    this.figure.ondragover = event => event.preventDefault()
+    this.figure.ondrop = event => { event.preventDefault(); this.own(event.dataTransfer.files[0]) }
+    addEventListener("paste", event => event.clipboardData.files[0] && this.own(event.clipboardData.files[0]))
+    this.take(pictures[0])
+  }
+
+  take(img) {
+    this.name = img.alt
+    this.given = bytes(img, this.shape.size)
+    this.mine = false
+    this.ask()
+  }
+
+  async own(file) {
+    try {
+      const picture = await createImageBitmap(file)
+      this.choices.querySelectorAll("input").forEach(radio => { radio.checked = false })
+      Object.assign(this, { name: "your picture", given: bytes(picture, this.shape.size), mine: true })
+      this.ask()
+    } catch {
+      this.status.textContent = "That file is no picture this browser can read."
+    }
+  }
+
+  ask() {
+    const { size, p } = this.shape, count = (size / p) ** 2
+    const pixels = this.mix.checked ? shuffled(this.given, size, p, order(count)) : Uint8ClampedArray.from(this.given)
+    const small = new OffscreenCanvas(size, size), pen = this.canvas.getContext("2d"), step = this.canvas.width * p / size
+    small.getContext("2d").putImageData(new ImageData(pixels, size), 0, 0)
+    pen.imageSmoothingEnabled = false
+    pen.drawImage(small, 0, 0, this.canvas.width, this.canvas.height)
+    pen.fillStyle = "#fff6"
+    for (let i = 1; i < size / p; i++) {
+      pen.fillRect(i * step, 0, 1, this.canvas.height)
+      pen.fillRect(0, i * step, this.canvas.width, 1)
+    }
+    this.canvas.setAttribute("aria-label", `${this.name}, ${size} by ${size} pixels, in patches of ${p}`)
+    this.panel.classList.add("live-busy")
+    this.asked = (this.asked ?? 0) + 1
+    this.worker.postMessage({ id: this.asked, pixels })
+  }
+
+  show(took, chances, stages) {
+    this.panel.classList.remove("live-busy")
+    this.stages = stages
+    const best = chances.map((chance, i) => [chance, this.shape.classes[i]]).sort((a, b) => b[0] - a[0]).slice(0, 3)
+    this.bars.replaceChildren(...best.map(([chance, name]) => {
+      const bar = make("li", {}, make("span", { textContent: name }), make("span", { textContent: percent(chance) }))
+      bar.style.setProperty("--part", chance)
+      return bar
+    }))
+    const [chance, name] = best[0]
+    const doubt = this.mine && chance < 0.5 ? " It knows ten words. This may be none of them." : ""
+    this.status.textContent = `${this.name}: ${name}, ${percent(chance)}.${doubt} Live, ${Math.round(took)} ms.`
+    this.draw()
+  }
+
+  draw() {
+    const stage = +this.slider.value, side = this.shape.size / this.shape.p
+    this.stageName.textContent = stage ? `block ${stage} of ${this.shape.depth}` : "patches"
+    this.slider.setAttribute("aria-valuetext", this.stageName.textContent)
+    this.maps.replaceChildren(...this.stages[stage].map(({ channel, grey }) => {
+      const canvas = make("canvas", { width: side, height: side, aria: { role: "img", "aria-label": `channel ${channel}` } })
+      const image = new ImageData(side, side)
+      grey.forEach((v, i) => image.data.set([v, v, v, 255], 4 * i))
+      canvas.getContext("2d").putImageData(image, 0, 0)
+      return canvas
+    }))
+  }
+}
+
+for (const figure of document.querySelectorAll(".live")) new Live(figure)

@@ -1,0 +1,124 @@
+"""The network in the page: PyTorch's answers, and a page that works without it, waits for it, loses it, is used by keys."""
+
+import base64
+import io
+import time
+
+import pytest
+import torch
+from browser import browser_page, find_browser
+from bs4 import BeautifulSoup
+from conftest import HOUR, ROOT, real_data
+from nbdev_reader import POLICY
+from PIL import Image
+from record_browser import measure, served
+
+from convmixer_edu.data import load_images
+from convmixer_edu.inference import load_run
+from convmixer_edu.ledger import pretrained_run
+from convmixer_edu.live import live_html, sample_pictures
+
+needs_browser = pytest.mark.skipif(not find_browser(), reason="no Chromium or Chrome is installed: the network was not "
+                                   "asked in a browser")
+
+
+def pictures(count):
+    """CIFAR-10 where it is, else windows of photographs, as often as they are needed."""
+    if source := real_data():
+        return load_images(source, "test", limit=count).images
+    images = sample_pictures()[0]
+    return torch.stack([images[i % len(images)].roll(i, 2) for i in range(count)])
+
+
+@needs_browser
+def test_the_browser_gives_pytorchs_answers():
+    found = measure(pictures(100))
+    assert found["difference"] < 1e-3 and found["same_class"] == found["images"] == 100
+
+
+@pytest.fixture(scope="module")
+def page():
+    model, info = load_run(pretrained_run())
+    images, names = sample_pictures()
+    body = live_html(model, info, images[:3], [*names[:2], 'a "<b>name</b>"'])
+    return f"""<html><head><link rel=icon href=data:,><meta http-equiv="Content-Security-Policy" content="{POLICY}">
+        <link rel=stylesheet href=live/live.css></head><body>{body}
+        <script type=module src=live/live.js></script></body></html>"""
+
+
+def test_without_a_script_every_answer_is_there(page):
+    tiles = BeautifulSoup(page, "html.parser").select("figure.live li")
+    assert len(tiles) == 3 and all(tile.b.text in load_run(pretrained_run())[1].classes for tile in tiles)
+    assert tiles[2].img["alt"] == tiles[2].small.text.removeprefix("in truth: ") == 'a "<b>name</b>"' and len(tiles[2].find_all("b")) == 1
+    assert all("%" in tile.text for tile in tiles)
+
+
+def until(tab, script):
+    """The value of a JavaScript expression, once it is true."""
+    deadline = time.monotonic() + HOUR
+    while not (value := tab.evaluate(script)):
+        assert time.monotonic() < deadline, script
+        time.sleep(0.05)
+    return value
+
+
+STATUS = "document.querySelector('.live-status').textContent"
+LIVE = f"{STATUS}.includes('Live,') && !document.querySelector('.live-busy') && {STATUS}"
+START = "document.querySelector('.live-start')"
+
+
+@needs_browser
+def test_it_wakes_answers_shuffles_and_takes_a_picture_of_ones_own(page):
+    with served(page) as address, browser_page() as tab:
+        asked, complaints = tab.open(address)
+        assert not complaints and not any("safetensors" in url for url in asked), "fetched before it was asked"
+        tab.evaluate(f"{START}.click()")
+        first = until(tab, LIVE)
+        assert tab.evaluate("document.querySelectorAll('.live-bars li').length") == 3
+        assert tab.evaluate("document.querySelectorAll('.live-maps canvas').length") == 6
+        stored = BeautifulSoup(page, "html.parser").select_one("figure.live li").get_text("|").split("|")
+        assert f"{stored[0]}, {stored[1].strip()}." in first  # the page said so before
+        assert tab.evaluate("document.querySelector('.live-stored').offsetParent === null")
+
+        tab.evaluate("document.querySelector('.live-switch input').click()")
+        assert until(tab, LIVE)
+        shuffled = tab.evaluate("document.querySelector('.live-picture').toDataURL()")
+        tab.evaluate("document.querySelector('.live-switch input').click()")
+        assert until(tab, LIVE) and tab.evaluate("document.querySelector('.live-picture').toDataURL()") != shuffled
+
+        tab.evaluate("document.querySelectorAll('.live-choices input')[1].focus()")
+        for kind in ("rawKeyDown", "keyUp"):
+            tab.send("Input.dispatchKeyEvent", type=kind, key="ArrowRight", code="ArrowRight", windowsVirtualKeyCode=39)
+        assert until(tab, f"{STATUS}.startsWith('a \"<b>name</b>\":') && {LIVE}")
+
+        tab.evaluate("{ const s = document.querySelector('.live-stage input'); s.value = 0; s.dispatchEvent(new Event('input')) }")
+        assert tab.evaluate("document.querySelector('.live-stage input').getAttribute('aria-valuetext')") == "patches"
+
+        drop = """(async () => { const bytes = Uint8Array.from(atob("%s"), c => c.charCodeAt(0)), all = new DataTransfer()
+            all.items.add(new File([bytes], "own.png"))
+            document.querySelector(".live").dispatchEvent(new DragEvent("drop", { dataTransfer: all, bubbles: true })) })()"""
+        file = io.BytesIO()
+        Image.effect_noise((300, 200), 90).convert("RGB").save(file, "PNG")
+        tab.evaluate(drop % base64.b64encode(file.getvalue()).decode())
+        assert until(tab, f"{STATUS}.startsWith('your picture:') && {LIVE}")
+        tab.evaluate(drop % base64.b64encode(b"no picture").decode())
+        assert until(tab, f"{STATUS}.includes('no picture this browser can read') && true")
+        assert tab.evaluate("document.querySelectorAll('.live-bars li').length") == 3  # the last answer stays
+
+
+@needs_browser
+def test_without_its_weights_the_answers_stay_and_it_can_be_tried_again(page):
+    with served(page, run=False) as address, browser_page() as tab:
+        tab.open(address)
+        for _ in range(2):
+            tab.evaluate(f"{START}.click()")
+            said = until(tab, f"{STATUS}.includes('The stored answers stay.') && {STATUS}")
+            assert "config.json is not there (404)" in said
+            assert tab.evaluate(f"{START}.textContent").startswith("Wake")
+            tab.evaluate(f"{STATUS.removesuffix('.textContent')}.textContent = ''")
+        assert tab.evaluate("document.querySelectorAll('.live-stored li').length") == 3
+
+
+def test_each_module_is_short():
+    for path in (ROOT / "assets" / "static" / "live").glob("*.js"):
+        assert len(path.read_text("utf8").splitlines()) < 200, path.name
