@@ -7,6 +7,7 @@ __all__ = ['BASELINE', 'PARTS', 'SIZES', 'ARMS', 'SCALES', 'STAND_INS', 'LUCK', 
 
 # %% ../nbs/B_ablations.ipynb #7db4cebe
 import math
+import re
 import statistics
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -253,7 +254,7 @@ def records(
     for name in names(folder):
         run = recorded(name, folder)
         arm, _, seed = name.rpartition("-seed")
-        if arm not in ARMS or not seed.isdigit():
+        if arm not in ARMS or not re.fullmatch("0|[1-9][0-9]*", seed):
             raise ValueError(f"{folder/name} is no run of an arm: expected "
                              "an arm's name, -seed and a number")
         _check_recipe(folder/name, run["config"],

@@ -18,6 +18,7 @@ from .ablate import (ARMS, CONTRASTS, SCALES, accuracies,
                                   estimate, judge, measured, records)
 from .anatomy import count_macs, count_parameters
 from .distributed import IMAGENET_FLAGS, IMAGENET_GPUS
+from .escape import markdown
 from .ledger import names, recorded
 from .model import PAPER_MODELS, ConvMixer
 
@@ -151,8 +152,8 @@ def table(
 class Verdict:
     """What became of a claim"""
     word: str  # match, differs, not resolved, holds, fails, open, not run
-    ours: str = ""  # what we found
-    how: str = ""  # by which means
+    ours: str = ""  # what we found; Markdown
+    how: str = ""  # by which means; Markdown
 
 
 def compared(
@@ -345,7 +346,8 @@ def _relu(c):
     won, gap = part["relu"]["ratio"], fifty[0]/ours[0]
     return Verdict("holds" if won < gap**0.5 else "fails",
                    f"{won:.2f} times as fast, ResNet-50 {gap:.1f} times",
-                   f"our comparison on a CPU, float32: {record['device']}")
+                   "our comparison on a CPU, float32: "
+                   f"{markdown(record['device'])}")
 
 # %% ../nbs/claims.ipynb #a57d5274
 _records = functools.cache(records)  # this page asks often
@@ -381,8 +383,8 @@ def _light(c):
         return Verdict("not run")
     ours = estimate([run["test_accuracy"] for run in runs])
     return Verdict("match" if ours.low <= c.number <= ours.high else "differs",
-                   f"{ours}", f"{ours.n} runs on one {runs[0]['device']}, "
-                   "95 % interval")
+                   f"{ours}", f"{ours.n} runs on one "
+                   f"{markdown(runs[0]['device'])}, 95 % interval")
 
 # %% ../nbs/claims.ipynb #d0d6ff37
 CHECKS = {  # the claims that need no table of ablations

@@ -20,6 +20,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
+from .escape import visible
 
 # %% ../nbs/11_command_line.ipynb #97b62cc8
 app = typer.Typer(add_completion=False, rich_markup_mode=None,
@@ -92,8 +93,8 @@ def _explain(error):
 
 # %% ../nbs/11_command_line.ipynb #17caedf8
 def _say(text):
-    "One line on stderr"
-    print("convmixer:", " ".join(str(text).split()), file=sys.stderr)
+    "One line on stderr, in which nothing of a stranger's acts"
+    print("convmixer:", visible(" ".join(str(text).split())), file=sys.stderr)
 
 
 def _at_home(word):
@@ -153,9 +154,10 @@ def _table(rows, header=None):
                   padding=(0, 3, 0, 0))
     for name, *cells in zip(header or rows[0], *rows):
         numbers = all(re.fullmatch(r"[\d,.]+( %)?", c) for c in cells)
-        table.add_column(name, justify="right" if numbers else "left")
+        table.add_column(name, justify="right" if numbers else "left",
+                         overflow="fold")  # nothing is cut off
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(visible, row))
     console = _console(sys.stdout)
     with console.capture() as text:
         console.print(table)
@@ -322,7 +324,11 @@ def _source_of(run, data):
     if began == DEFAULT_SOURCE:
         return resolve_source()
     hub = "/" in began and not Path(began).is_absolute()
-    if began == "digits" or hub or Path(began).is_dir():
+    if hub or Path(began).is_dir():  # who knows who wrote that
+        _first(lambda: _say(f"images from {began}, as {run} says; --data "
+                            "takes others"))
+        return began
+    if began == "digits":
         return began
     if "CONVMIXER_DATA" in os.environ:
         return resolve_source()
@@ -584,7 +590,7 @@ class _Progress:
     def __call__(self, run):
         task = self.known[run["scale"], run["name"]]
         if "failed" in run:
-            result = run["failed"]
+            result = visible(run["failed"])
         else:
             self.spent += run["seconds"]
             self.done += task.work

@@ -18,6 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from .escape import markdown
 from .ledger import results_folder
 
 # %% ../nbs/A_comparisons.ipynb #1301c0be

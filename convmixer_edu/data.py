@@ -32,6 +32,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .escape import visible
+
 for _float in (np.float32, np.float64):  # before anyone flushes denormals,
     np.finfo(_float)  # or numpy warns that the smallest number is zero
 
@@ -319,7 +321,7 @@ def _pick_split(splits, split, source):
 @cache
 def _tell(sentence):
     "Say a choice that was made for the user, once a process."
-    print(sentence, file=sys.stderr)
+    print(visible(sentence), file=sys.stderr)
 
 # %% ../nbs/04_data.ipynb #398dbea7
 _CLUTTER = {"thumbs.db", "desktop.ini"}

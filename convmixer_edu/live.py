@@ -5,7 +5,6 @@ __all__ = ['sample_pictures', 'live_html', 'show_live']
 
 # %% ../nbs/P7_browser.ipynb #p7code00
 import base64
-import html
 import io
 
 import torch
@@ -13,6 +12,7 @@ from PIL import Image
 
 from .augment import normalize
 from .data import book_source, load_images
+from .escape import markdown
 
 # %% ../nbs/P7_browser.ipynb #p7code01
 def sample_pictures():  # uint8 (B, 3, 32, 32), and what each shows
@@ -57,7 +57,7 @@ def live_html(
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG")
         source = base64.b64encode(file.getvalue()).decode()
         chance, best = chances.max(0)
-        answer, name = html.escape(info.classes[best]), html.escape(name)
+        answer, name = markdown(info.classes[best]), markdown(name)
         truth = "" if name == answer else f"<small>in truth: {name}</small>"
         tiles.append(
             f'<li><img src="data:image/png;base64,{source}" alt="{name}">'

@@ -20,14 +20,15 @@ from dataclasses import dataclass, replace
 from importlib.metadata import metadata
 from pathlib import Path
 
-from .ablate import (ARMS, CONTRASTS, Contrast, Estimate,
+from .ablate import (ARMS, CONTRASTS, SCALES, Contrast, Estimate,
                                   accuracies, arms, baseline, changes, config,
                                   estimate, judge, measured, records, run_as)
 from .anatomy import count_macs
 from .checkpoint import claimed, write_atomically
 from .claims import claim
 from .data import load_images, resolve_source
-from .ledger import keep, recorded
+from .escape import markdown
+from .ledger import KEPT, adopt, keep, recorded
 from .recipe import Config
 from .train import Diverged, TrainingError, train
 
@@ -284,29 +285,54 @@ def paces(
 
 # %% ../nbs/B2_sweep.ipynb #6a08f71c
 def merge(
-    folders: list[str | Path],  # of sweeps
+    folders: list[str | Path],  # of sweeps, perhaps of strangers
     out: str | Path,  # gets their records
 ) -> int:  # how many were new
     """Put the records of several machines into one folder
 
-    Raises `ValueError` for a record that was changed, or one that two
-    folders have with different results."""
-    new = 0
-    for file in [f for folder in folders
-                 for f in sorted(Path(folder).glob("*/[!.]*/record.json"))]:
-        scale, name = file.parts[-3:-1]
-        run, there = recorded(name, file.parent.parent), Path(out)/scale/name
-        if (there/"record.json").exists():
-            if decisive(recorded(name, there.parent)) != decisive(run):
-                raise ValueError(f"{file.parent} and {there} are one task "
+    Takes the files of records of known scales and arms, and nothing else.
+    Raises `ValueError`, before anything is copied, for a record that was
+    changed or has another recipe than its name says, for one that two
+    folders have with different results, and for runs on other images."""
+    out, there = Path(out), {}
+    for folder in (out, *map(Path, folders)):
+        for scale, run in _all_records(folder):
+            place = folder/scale/run["name"]
+            first, known = there.setdefault((scale, run["name"]), (place, run))
+            if decisive(known) != decisive(run):
+                raise ValueError(f"{place} and {first} are one task "
                                  "with two results: remove one of them")
-            continue
-        aside = there.with_name(f".{name}.part")
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.copytree(file.parent, aside)
-        aside.rename(there)
-        new += 1
-    return new
+    _check_images(there)
+    new = [place for place, _ in there.values() if place.parts[:-2] !=
+           out.parts]
+    for place in new:
+        adopt(place, out/place.parent.name)
+    return len(new)
+
+
+def _all_records(folder):
+    "(scale, record) of each, all checked; a link leads to what is not here"
+    for scale in SCALES:
+        files = [file for file in (folder/scale).glob("[!.]*/*")
+                 if file.name in (*KEPT, "record.json")]
+        for place in (folder/scale, *(folder/scale).glob("[!.]*"), *files):
+            if place.is_symlink():
+                raise ValueError(f"{place} is a link, which is not followed: "
+                                 "expected the records themselves")
+        for runs in records(scale, folder).values():
+            yield from ((scale, run) for run in runs)
+
+
+def _check_images(there):
+    "All runs of a scale must have seen the same images"
+    seen = {}
+    for (scale, _), (place, run) in there.items():
+        if "failed" not in run:
+            marks = run["train_fingerprint"], run["test_fingerprint"]
+            first, known = seen.setdefault(scale, (place, marks))
+            if known != marks:
+                raise ValueError(f"{place} and {first} were trained on "
+                                 "different images: keep them apart")
 
 # %% ../nbs/B2_sweep.ipynb #b3ee9b89
 @dataclass(frozen=True)
@@ -421,7 +447,7 @@ def _small_print(scale, found):
               for several in found.values() for run in several
               if "failed" not in run}
     if places:
-        lines.append(f"Run on {'; '.join(sorted(places))}.")
+        lines.append(f"Run on {'; '.join(map(markdown, sorted(places)))}.")
     return " ".join(lines)
 
 

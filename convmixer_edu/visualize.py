@@ -4,12 +4,15 @@
 __all__ = ['PALETTE', 'INK', 'STYLE', 'axes', 'svg', 'show', 'image_grid']
 
 # %% ../nbs/C_weights.ipynb #9885ddd0
+import html
 import io
 import math
 import re
 
 import matplotlib
 import matplotlib.pyplot as plt
+
+from .escape import label, visible
 
 # %% ../nbs/C_weights.ipynb #c59a18f3
 # Okabe and Ito's eight colours, black left out: it is the ink's business.
@@ -49,7 +52,7 @@ def svg(
     if not alt or not alt.strip():
         raise ValueError("a figure needs alternative text: got none; say in "
                          "a sentence what the picture shows")
-    out = io.StringIO()
+    out, alt = io.StringIO(), visible(" ".join(alt.split()))
     with plt.rc_context({**STYLE, "svg.hashsalt": alt}):
         fig.savefig(out, format="svg", bbox_inches="tight",
                     metadata={"Date": None, "Creator": None})
@@ -58,11 +61,10 @@ def svg(
     text = text[text.index("<svg"):].replace(INK, "currentColor")
     # One page holds many figures; ids of plain groups would repeat on it.
     text = re.sub(r'<g id="[^"]*">', "<g>", text)
-    label = (alt.replace("&", "&amp;").replace('"', "&quot;")
-             .replace("<", "&lt;"))
     text = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', "", text, count=1)
     inches = fig.get_size_inches()[0]
-    return text.replace("<svg", f'<svg role="img" aria-label="{label}" '
+    return text.replace("<svg", f'<svg role="img" '
+                        f'aria-label="{html.escape(alt)}" '
                         f'style="width:100%;max-width:{inches * 96:.0f}px;'
                         'height:auto;fill:currentColor"', 1)
 
@@ -108,8 +110,8 @@ def image_grid(
                   cmap="gray" if one else None, vmin=0,
                   vmax=1 if picture.is_floating_point() else 255)
         if titles is not None:
-            ax.set_title(str(titles[i]), fontsize=8, pad=2)
+            ax.set_title(label(titles[i]), fontsize=8, pad=2)
         if row_titles is not None and i % cols == 0:
-            ax.set_ylabel(row_titles[i // cols], rotation=0, ha="right",
-                          va="center", fontsize=8)
+            ax.set_ylabel(label(row_titles[i // cols]), rotation=0,
+                          ha="right", va="center", fontsize=8)
     return fig

@@ -14,9 +14,9 @@ def run_to_mark(source, space):
 
 def answer_exercise(number, stub, solution, source):
     space, asked = globals(), {}
-    def check(answer, right, wrong=(), by=lambda answer: answer):
-        asked.update(right=right, wrong=list(wrong.items() if isinstance(wrong, dict) else wrong), by=by)
-        return exercises.check(answer, right, wrong, by)
+    def check(answer, right, wrong=(), by=None, within=0.0):
+        asked.update(right=right, wrong=list(wrong.items() if isinstance(wrong, dict) else wrong), by=by, within=within)
+        return exercises.check(answer, right, wrong, by, within)
     space["check"] = check
     exec(stub, space)
     mark = run_to_mark(source, space)
@@ -27,7 +27,7 @@ def answer_exercise(number, stub, solution, source):
     sentences = [sentence for _, sentence in asked["wrong"]]
     assert len(set(sentences)) == len(sentences) >= 2, f"exercise {number}: {len(sentences)} known mistakes"
     for mistake, sentence in asked["wrong"]:
-        mark = exercises.check(mistake, asked["right"], asked["wrong"], asked["by"])
+        mark = exercises.check(mistake, asked["right"], asked["wrong"], asked["by"], asked["within"])
         assert (mark.state, mark.sentence) == ("wrong", sentence), f"exercise {number}: {mistake!r} gives {mark}"
 '''
 

@@ -243,7 +243,10 @@ def fake(folder, arm, seed, scale="try", **changes):
     """A sealed record with another result or recipe than a run would give."""
     run = folder/"run"
     run.mkdir(parents=True)
-    told = {"test_accuracy": 50.0, "seconds": 1.0, "train_fingerprint": "a", "test_fingerprint": "b",
+    words = dict.fromkeys(("device", "precision", "python", "torch", "commit"), "x")
+    numbers = dict.fromkeys(("test_loss", "test_images", "steps", "images_per_second", "threads"), 1)
+    told = {**words, **numbers, "classes": ["a", "b"], "test_confusion": [],
+            "test_accuracy": 50.0, "seconds": 1.0, "train_fingerprint": "a", "test_fingerprint": "b",
             "config": asdict(ablate.config(ARMS[arm], scale, seed)), **changes}
     (run/"run.json").write_text(json.dumps(told))
     (run/"config.json").write_text("{}")

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import http.server
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -219,3 +220,32 @@ def test_page_in_a_browser(site, tab, page):
         assert tab.evaluate("document.querySelectorAll('mjx-merror').length") == 0, "a broken formula"
         formulas = tab.evaluate("document.querySelectorAll('article .math').length")
         assert tab.evaluate("document.querySelectorAll('article mjx-container').length") >= formulas
+
+
+TYPE = """(text => { const form = document.querySelectorAll('form.exercise')[NUMBER]
+    form.querySelector('input').value = text
+    form.querySelector('button').click()
+    return [form.dataset.state, form.querySelector('p').textContent] })(TEXT)"""
+
+
+@every_notebook
+def test_exercises_answer_in_the_page(site, tab, page):
+    """Typed: the right answer, each known mistake and nonsense, with the sentences that the notebook has."""
+    forms = [json.loads(form["data-known"]) for form in soup(page).select("form.exercise")]
+    if not forms:
+        return
+    tab.open(f"{site}{page}.html")
+
+    def typed(number, value):
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        return tab.evaluate(TYPE.replace("NUMBER", str(number)).replace("TEXT", json.dumps(text)))
+
+    for number, known in enumerate(forms):
+        assert typed(number, known["right"]) == ["right", f"Right. {known['ok']}"]
+        for mistake, sentence in known["wrong"]:
+            if isinstance(mistake, list) == isinstance(known["right"], list):
+                assert typed(number, mistake) == ["wrong", f"Not yet. {sentence}"], (known, mistake)
+        state, sentence = typed(number, "§ nothing §")
+        assert state == "wrong" and ("could not be read" in sentence or known["other"] in sentence)
+    tab.open(f"{site}{page}.html")  # the last answers are remembered
+    assert tab.evaluate("document.querySelector('form.exercise input').value") == "§ nothing §"

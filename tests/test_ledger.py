@@ -1,6 +1,7 @@
 """The ledger: what is recorded is sealed, never written over, and what the book shows is there."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -82,6 +83,50 @@ def test_unfinished_and_unknown_runs_are_refused(finished, tmp_path):
         ledger.keep(finished, "a", "c", into=tmp_path)
     with pytest.raises(ValueError, match="no recorded run 'b'"):
         ledger.recorded("b", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../a", "a/b", ".hidden", "-rf", "..", "", "a\nb", "a b", "a" * 200])
+def test_a_record_has_a_plain_name_and_stays_in_its_folder(finished, tmp_path, name):
+    with pytest.raises(ValueError, match="is no name for a record"):
+        ledger.keep(finished, name, "c", into=tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("name", ledger.KEPT[:3])
+def test_a_link_in_a_run_is_not_followed(finished, tmp_path, name):
+    (finished / name).rename(tmp_path / "secret")
+    (finished / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match="no regular file"):
+        ledger.keep(finished, "a", "c", into=tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_record_is_on_the_disk_before_the_run_may_go(finished, tmp_path, monkeypatch):
+    """Every file of it was flushed, and the folder that names it, after its name was given."""
+    flushed, real = [], os.fsync
+
+    def fsync(handle):
+        where = os.readlink(f"/proc/self/fd/{handle}") if Path("/proc/self/fd").exists() else None
+        flushed.append((os.fstat(handle).st_ino, (tmp_path / "results/a").exists(), where))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    folder = ledger.keep(finished, "a", "c", weights=True, into=tmp_path / "results")
+    files = {ino for ino, _, _ in flushed}
+    assert {file.stat().st_ino for file in folder.iterdir()} <= files and len([*folder.iterdir()]) == 6
+    assert flushed[-1][0] == folder.parent.stat().st_ino and flushed[-1][1]
+
+
+def test_an_adopted_record_is_the_same_and_brings_nothing_else(finished, tmp_path):
+    folder = ledger.keep(finished, "a", "c", weights=True, into=tmp_path / "results")
+    (folder / "extra.py").write_text("print(1)")
+    copy = ledger.adopt(folder, tmp_path / "other")
+    assert {file.name: file.read_bytes() for file in copy.iterdir()} == {
+        file.name: file.read_bytes() for file in folder.iterdir() if file.name != "extra.py"}
+    (folder / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="was changed"):
+        ledger.adopt(folder, tmp_path / "third")
+    assert not (tmp_path / "third/a").exists()
 
 
 def test_every_record_of_the_book_is_whole_and_says_what_it_was():

@@ -206,5 +206,10 @@ def test_lock_meets_pyproject():
         assert all(wanted.specifier.contains(version) for version in versions), f"{text}: locked {versions}"
 
 
+def test_the_bound_on_pillow_is_still_needed():
+    from timm.data.auto_augment import _posterize_level_to_arg
+    assert _posterize_level_to_arg(0, {}) == (0,), "timm keeps a bit now: take <13 off pillow, and this test away"
+
+
 def test_tests_leave_no_file_behind(request, wheel, environment):
     assert untracked() <= request.config.untracked_before

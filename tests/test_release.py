@@ -93,8 +93,11 @@ def test_the_command_says_what_is_wrong():
 
 def test_workflows_keep_no_credentials_and_publish_without_a_password():
     for path in (ROOT / ".github" / "workflows").glob("*.yml"):
-        jobs = yaml.safe_load(path.read_text("utf8"))["jobs"]
+        told = yaml.safe_load(path.read_text("utf8"))
+        assert told["permissions"] == {"contents": "read"}, f"{path.name}: a job that needs more says so itself"
+        jobs = told["jobs"]
         for job in jobs.values():
+            assert job["timeout-minutes"] and "pull_request_target" not in path.read_text("utf8")
             for step in job["steps"]:
                 if step.get("uses", "").startswith("actions/checkout"):
                     assert step["with"]["persist-credentials"] is False, path.name
@@ -102,6 +105,8 @@ def test_workflows_keep_no_credentials_and_publish_without_a_password():
                     assert len(step["uses"].split("@")[1].split()[0]) == 40, f"{path.name}: not pinned to a commit"
     release = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text("utf8"))["jobs"]
     assert release["publish"]["permissions"] == {"id-token": "write"}
+    book = yaml.safe_load((ROOT / ".github" / "workflows" / "book.yml").read_text("utf8"))["jobs"]
+    assert book["deploy"]["if"] == "github.ref == 'refs/heads/main'", "pages come from main alone"
     assert all(job == "publish" or "id-token" not in told.get("permissions", {}) for job, told in release.items())
 
 

@@ -1,5 +1,6 @@
 """The sweep: in a fair order, in time, killed and merged with the same ledger, and tables that follow the records."""
 
+import html
 import json
 import os
 import random
@@ -257,6 +258,119 @@ def test_one_task_with_two_results_is_refused(quiet, tmp_path):
     reseal(run)
     with pytest.raises(ValueError, match="relu-seed0 are one task with two results"):
         merge([tmp_path/"a", quiet], tmp_path/"both")
+
+
+# of strangers
+
+
+def files(folder):
+    """What lies in a folder, whatever it is."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()) if folder.exists() else []
+
+
+def test_a_strangers_folder_gives_its_records_and_nothing_else(quiet, tmp_path):
+    strange, secret = tmp_path/"strange", tmp_path/"secret"
+    shutil.copytree(quiet, strange)
+    secret.write_text("PRIVATE KEY")
+    run = strange/"try/relu-seed0"
+    (run/"stolen").symlink_to(secret)
+    (run/"extra.pth").write_text("not sealed")
+    os.mkfifo(run/"pipe")
+    shutil.copytree(quiet/"try/relu-seed0", strange/".github/workflows")
+    shutil.copytree(quiet/"try/relu-seed0", strange/"no-scale/relu-seed0")
+    assert merge([strange], tmp_path/"out") == len(TASKS)
+    kept = ["config.json", "metrics.jsonl", "record.json", "run.json"]
+    assert files(tmp_path/"out") == sorted(f"try/{task.name}/{name}" for task in TASKS for name in kept)
+    assert ledger_of(tmp_path/"out") == ledger_of(quiet)
+
+
+def linked(run):
+    """A file of the record is a link to another file, with the right content even."""
+    (run/"run.json").rename(run/"elsewhere")
+    (run/"run.json").symlink_to(run/"elsewhere")
+
+
+def linked_folder(run):
+    run.rename(run.parent.parent/"elsewhere")
+    run.symlink_to(run.parent.parent/"elsewhere")
+
+
+def piped(run):
+    (run/"metrics.jsonl").unlink()
+    os.mkfifo(run/"metrics.jsonl")
+
+
+def another_seed(run):
+    """A record that stands for another run than it is."""
+    run.rename(run.with_name("relu-seed1"))
+
+
+def same_seed(run):
+    """The run of seed 0 once more, under another name of the number."""
+    shutil.copytree(run, run.with_name("relu-seed00"))
+
+
+def no_arm(run):
+    run.rename(run.with_name("[red]-seed0"))
+
+
+def other_images(run):
+    edit(run, '"train_fingerprint": "', '"train_fingerprint": "0')
+    reseal(run)
+
+
+def no_number(run):
+    record = json.loads((run/"run.json").read_text())
+    (run/"run.json").write_text(json.dumps({**record, "test_accuracy": "<b>"}))
+    reseal(run)
+
+
+def not_finite(run):
+    record = json.loads((run/"run.json").read_text())
+    (run/"run.json").write_text(json.dumps({**record, "seconds": float("nan")}))
+    reseal(run)
+
+
+def nested(run):
+    (run/"run.json").write_text("["*100_000)
+    reseal(run)
+
+
+@pytest.mark.parametrize("spoil", [linked, linked_folder, piped, another_seed, same_seed, no_arm, other_images, no_number,
+                                   not_finite, nested], ids=lambda spoil: spoil.__name__)
+def test_one_bad_record_and_nothing_is_merged(quiet, tmp_path, spoil):
+    """The good ones, before and behind it, stay out as well: one sentence, and the folder is as it was."""
+    shutil.copytree(quiet, tmp_path/"strange")
+    shutil.copytree(quiet/"try/baseline-seed0", tmp_path/"out/try/baseline-seed0")
+    before = files(tmp_path/"out")
+    spoil(tmp_path/"strange/try/relu-seed0")
+    with pytest.raises(ValueError) as told:
+        merge([quiet, tmp_path/"strange"], tmp_path/"out")
+    assert "\n" not in str(told.value) and files(tmp_path/"out") == before
+    assert len(records("try", tmp_path/"out")) == 1  # and it reads
+
+
+def test_a_record_spoiled_while_it_is_copied_is_not_there(quiet, tmp_path, monkeypatch):
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: real(path) + b" "*(path.parent.name == "relu-seed0"
+                        and path.name == "run.json" and ".part" not in str(path) and bool(files(tmp_path/"out"))))
+    with pytest.raises(ValueError, match="was changed after it was made"):
+        merge([quiet], tmp_path/"out")
+    assert not (tmp_path/"out/try/relu-seed0").exists()
+
+
+def test_what_a_record_says_is_text_in_the_tables(quiet, tmp_path):
+    shutil.copytree(quiet, tmp_path/"a")
+    run = tmp_path/"a/try/relu-seed0"
+    told = json.loads((run/"run.json").read_text())
+    sly = "<img src=x onerror=alert(2)> | [x](https://e.org) `a` *b* $c$ \x1b[31m"
+    (run/"run.json").write_text(json.dumps({**told, "device": sly, "commit": sly, "torch": sly, "precision": sly}))
+    reseal(run)
+    shown = sweep.runs(3, "try", tmp_path/"a").data
+    last = shown.split("\n")[-1]
+    assert shown.count("\n") == sweep.runs(3, "try", quiet).data.count("\n") and "\x1b" not in shown
+    assert not set(last.replace("`", "", last.split("Run on")[0].count("`"))) & set("<>|*$[]`\"")
+    assert html.unescape(last).count(sly.replace("\x1b", "\\x1b")) == 4
 
 
 def test_time_and_place_do_not_decide_but_everything_else_does(quiet):
