@@ -575,7 +575,7 @@ def test_damaged_runs(trained, tmp_path, name, content, words):
 
 
 @pytest.mark.parametrize("name, place, value, commands", [
-    ("config.json", ("config", "speed"), 1, "predict evaluate train"),
+    ("config.json", ("config", "speed"), 1, "predict evaluate"),
     ("config.json", ("config", "dim"), -8, "predict"),
     ("config.json", ("image_size",), ["8", "8"], "predict evaluate"),
     ("config.json", ("image_size",), [0, 8], "predict evaluate"),
