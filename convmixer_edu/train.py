@@ -279,7 +279,8 @@ def _check_checkpoint(run: Run, file, tensors, meta):
     for wrong, words in [
             (meta["recipe"] != recipe, "belongs to another run"),
             (not 0 <= step <= total, f"is of step {step} of {total}"),
-            (file.name != step_file(step), f"is of step {step}, its name says another"),
+            (file.name != step_file(step),
+             f"is of step {step}, its name says another"),
             (epochs != [*range(1, len(epochs) + 1)]
              or len(epochs) != step // run.steps,
              f"tells of {len(epochs)} epochs after {step} steps"),
