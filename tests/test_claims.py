@@ -108,5 +108,9 @@ def test_the_light_script_is_judged_by_the_interval_of_our_runs(monkeypatch):
     assert module._light(far).word == "not run"  # one run has no interval
 
 
-def test_a_single_run_of_each_arm_does_not_hide_a_difference_with_an_interval():
-    assert "light25" not in verdict("b3-no-scale").how and "n = 5" in verdict("b3-no-scale").how
+def test_the_largest_scale_counts_and_a_single_run_of_each_arm_does_not_hide_an_interval(monkeypatch):
+    assert verdict("b3-no-scale").how.startswith("n = 2, scale light25")
+    read = module._records
+    monkeypatch.setattr(module, "_records", lambda scale: {
+        arm: runs[:1] if scale == "light25" else runs for arm, runs in read(scale).items()})
+    assert module._ablated(claim("b3-no-scale")).how.startswith("n = 5, scale tiny")
