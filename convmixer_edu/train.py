@@ -279,7 +279,8 @@ def _check_checkpoint(run: Run, file, tensors, meta):
     for wrong, words in [
             (meta["recipe"] != recipe, "belongs to another run"),
             (not 0 <= step <= total, f"is of step {step} of {total}"),
-            (file.name != step_file(step), f"is of step {step}, its name says another"),
+            (file.name != step_file(step),
+             f"is of step {step}, its name says another"),
             (epochs != [*range(1, len(epochs) + 1)]
              or len(epochs) != step // run.steps,
              f"tells of {len(epochs)} epochs after {step} steps"),
@@ -588,7 +589,7 @@ def _open_run(c, source, out, data, held, resume, device, mirror, first,
     if (out / "run.json").exists():
         return run
     if not (resume and _load(run)):
-        if resume and is_main():
+        if resume and is_main() and (out / "metrics.jsonl").exists():
             warnings.warn(f"there is no checkpoint in {out}: the run begins "
                           "again with its first step")
         if first is not None:
