@@ -466,7 +466,7 @@ _JITTER = ("Brightness", "Contrast", "Color")
 def _draw_jitter(strength, count, generator):
     "Three times an operation and its argument."
     order = _uniform(generator, count, 3)
-    order = torch.from_numpy(order).argsort(1).numpy()
+    order = order.argsort(1)
     args = 1 + strength * (2 * _uniform(generator, count, 3) - 1)
     args = args.astype(np.float32).astype(np.float64)
     ids = np.array([OPS.index(name) for name in _JITTER])
@@ -670,6 +670,9 @@ class Augment:
         _check_range("crop_ratio", self.crop_ratio)
         if self.randaug_n:
             _policy(self.randaug_policy, self.randaug_m)
+        if self.randaug_policy not in tuple(POLICIES):
+            raise ValueError(f"randaug_policy is {self.randaug_policy!r}, "
+                             f"expected one of {', '.join(POLICIES)}")
         if self.erase_mode not in ("pixel", "const"):
             raise ValueError(f"erase_mode is {self.erase_mode!r}, expected "
                              "pixel or const")

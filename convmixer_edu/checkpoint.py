@@ -182,7 +182,7 @@ def _parse(text, path):
     "A table of names and values, from JSON; or a sentence"
     try:
         note = json.loads(text)
-        wrong = f"it is a {type(note).__name__}"
+        wrong = "it is no table of names and values"
     except (ValueError, RecursionError) as error:
         note, wrong = None, error
     if not isinstance(note, dict):

@@ -279,7 +279,8 @@ def _check_folder(out, resume):
 
 # %% ../nbs/11_command_line.ipynb #78f9eeda
 _PARTS = {"config.json": {"config": dict, "source": str},
-          "command.json": {"command": str, "source": str}}
+          "command.json": {"command": str, "source": str,
+                           "device": (str, type(None))}}
 
 
 def _read_note(run, name="config.json"):
@@ -547,7 +548,7 @@ def _train(config, source, out, resume, device, mirror, watch, files, args,
 # %% ../nbs/11_command_line.ipynb #4155f34b
 def _show_run(out, record):
     "What a run gave, for people"
-    c, most = record["config"], record["peak_memory_mb"]  # None on Windows
+    c, most = record["config"], record.get("peak_memory_mb")  # None on Windows
     _table([
         ("test accuracy", f"{record['test_accuracy']:.2f} % of "
          f"{record['test_images']:,} images"),
@@ -872,23 +873,27 @@ def export_command(
         metavar="FILE", help="Write a .pt2 file of torch.export, for PyTorch "
         "without this package. Such a file can run code when it is loaded: "
         "load your own, never a stranger's.")] = None,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     "Write a network as a file, check it against PyTorch, time it."
     if onnx is None and torch_export is None:
         raise Failure("nothing to write: expected --onnx FILE or "
                       "--torch-export FILE")
+    _check_words(None, device)
     from convmixer_edu.ledger import pretrained_run
     run = run or pretrained_run()
     _check_finished(run)
-    told = _export(run, {"ONNX Runtime": onnx, "torch.export": torch_export})
+    told = _export(run, {"ONNX Runtime": onnx, "torch.export": torch_export},
+                   device, (lambda text: None) if as_json else _say)
     print(json.dumps(told)) if as_json else _show_export(told)
 
 
-def _export(run, files):
+def _export(run, files, device, say):
     "Write and check the files; time them beside PyTorch"
     from convmixer_edu import deploy
-    from convmixer_edu.inference import load_run
+    from convmixer_edu.inference import choose_device, load_run
+    device = choose_device(device)
     model, info = load_run(run)
     model = deploy.FromPixels(model, info.stats.mean, info.stats.std)
     shape = (info.channels, *info.image_size)
@@ -897,10 +902,14 @@ def _export(run, files):
     write = {"ONNX Runtime": deploy.export_onnx,
              "torch.export": deploy.export_torch}
     files = {kind: file for kind, file in files.items() if file is not None}
-    written = [write[kind](model, shape, file, notes)
-               for kind, file in files.items()]
-    return {"run": str(run), "shape": shape, "files": written,
-            "latency": deploy.latency(model, shape, files)}
+    written = []
+    for kind, file in files.items():
+        written.append(write[kind](model, shape, file, notes))
+        say(f"{file} is written and checked")
+    rows = deploy.latency(model, shape, files, device=device,
+                          report=lambda way: say(f"PyTorch timed: {way}"))
+    return {"run": str(run), "device": str(device), "shape": shape,
+            "files": written, "latency": rows}
 
 
 def _show_export(told):

@@ -213,7 +213,7 @@ def _without_values(network):
     try:
         with torch.device("meta"):
             return timm.create_model(network)
-    except NotImplementedError:  # until timm 1.0.30, RegNets ask for values
+    except (NotImplementedError, RuntimeError):  # older timms ask for values
         return timm.create_model(network).to("meta")
 
 # %% ../nbs/A_comparisons.ipynb #9d1cdd5d

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
@@ -170,14 +170,14 @@ def _formats():
 def picture_suffixes() -> set[str]:
     "What the names of picture files end in: .png, .jpg and the like."
     return {suffix for suffix, kind in Image.registered_extensions().items()
-            if kind in _formats()}
+            if kind in _RASTER}
 
 
 def _check_regular(file):
     "A path is that of a file; a pipe or a device might never answer."
     if isinstance(file, (str, Path)) and os.path.exists(
             file) and not os.path.isfile(file):
-        raise ValueError("it is a folder, a pipe or a device")
+        raise OSError("it is a folder, a pipe or a device")
 
 
 # %% ../nbs/04_data.ipynb #961ffd7e
@@ -190,7 +190,7 @@ def _to_rgb(image):
         grey = np.asarray(image).clip(0, 65535)  # uint16, or int32
         image = Image.fromarray((grey >> 8).astype(np.uint8))
     if image.mode == "F":
-        raise ValueError("its pixels are floats (mode F)")
+        raise OSError("its pixels are floats (mode F)")
     if image.mode in _HAS_ALPHA or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -211,8 +211,12 @@ def open_image(file, name, upright=True):
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {name}") from None
     except Exception as error:  # each of Pillow's readers has its own kinds
+        known = OSError, Warning, Image.DecompressionBombError
+        told = isinstance(error, known) and not isinstance(
+            error, UnidentifiedImageError)
+        why = _brief(error) if told else "its bytes are no picture"
         raise ValueError(f"{name} is not an image that can be read: "
-                         f"{_brief(error)}") from None
+                         f"{why}") from None
 
 
 def read_image(
@@ -436,7 +440,12 @@ class _ParquetTable:
         def read(table):
             if self.label not in table.schema_arrow.names:
                 return []
-            return table.read([self.label])[self.label].to_pylist()
+            values = table.read([self.label])[self.label].to_pylist()
+            if not all(v is None or isinstance(v, (int, str))
+                       for v in values):
+                raise ValueError(f"its column {self.label} is of another "
+                                 "kind than that of the first file")
+            return values
 
         return [v for file in files for v in _read_parquet(file, read)]
 

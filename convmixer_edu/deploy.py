@@ -13,6 +13,7 @@ import time
 import warnings
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -241,6 +242,9 @@ def _into(file, write, check):
     if not file.parent.is_dir():
         raise ValueError(f"there is no folder {file.parent} for {file.name}: "
                          "make it first")
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{file} cannot be written: it is a folder or a "
+                         "device, expected the name of a file")
     try:
         with written_aside(file) as draft:
             write(draft)
@@ -301,9 +305,9 @@ def export_onnx(
 # %% ../nbs/P4_deploy.ipynb #97983da4
 def _load_exported(file):
     "A .pt2 file as a function; torch remarks on buffers it only reads"
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), open(file, "rb") as handle:
         warnings.filterwarnings("ignore", "The given buffer is not writable")
-        return torch.export.load(file).module()
+        return torch.export.load(handle).module()
 
 
 def export_torch(
@@ -320,12 +324,14 @@ def export_torch(
     model, images = _plain_copy(model, shape)
 
     def write(draft):
+        made = BytesIO()  # torch's own writer aborts on a full disk
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(model, (images,), dynamic_shapes=(
                 {0: torch.export.Dim("batch")},))
-            torch.export.save(program, draft, extra_files={
+            torch.export.save(program, made, extra_files={
                 "notes.json": json.dumps(notes or {})})
+        draft.write_bytes(made.getvalue())
 
     def check(draft):  # written a moment ago, by us
         return _checked(_load_exported(draft), model, images, tolerance,
@@ -341,20 +347,24 @@ def latency(
     counts: tuple[int, ...] = (1, 16),  # images a call
     rounds: int = 5,
     seconds: float = 15.0,  # to look for the fastest way
+    device: torch.device | str = "cpu",  # PyTorch's; files stay on the CPU
+    report=None,  # called with each way that PyTorch has tried
 ) -> list[dict]:  # way, images, seconds of a call: median, least, most
     "Time PyTorch, PyTorch at its fastest, and exported files, in turn"
     model, images = _plain_copy(model, shape)
     images = images[:1].expand(max(counts), -1, -1, -1).contiguous()
-    best = optimize_for_inference(model, images, seconds=seconds)
-    ways = {"PyTorch, as it is": frozen(model, Choice()),
-            f"PyTorch, {best.choice}": best}
+    model, there = model.to(device), images.to(device)
+    best = optimize_for_inference(model, there, seconds=seconds,
+                                  report=report)
+    ways = {"PyTorch, as it is": (frozen(model, Choice()), there),
+            f"PyTorch, {best.choice}": (best, there)}
     for kind, file in (files or {}).items():
         ways[kind] = (onnx_runner(file) if kind == "ONNX Runtime" else
-                      torch.no_grad()(_load_exported(file)))
+                      torch.no_grad()(_load_exported(file))), images
     rows = []
     for count in counts:
-        took = in_turn({way: lambda ask=ask: ask(images[:count])
-                        for way, ask in ways.items()}, "cpu", rounds)
+        took = in_turn({way: lambda ask=ask, x=x: ask(x[:count])
+                        for way, (ask, x) in ways.items()}, device, rounds)
         rows += [{"way": way, "images": count, "seconds":
                   statistics.median(t), "least": min(t), "most": max(t)}
                  for way, t in took.items()]

@@ -35,7 +35,7 @@ def keep_compiled_code_private() -> None:
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         if os.environ.get(name, usual).startswith(usual):
             os.environ[name] = os.path.join(_compiled(), name.split("_")[0])
-    with suppress(OSError, KeyError):  # a user without a name
+    with suppress(OSError, KeyError, ImportError):  # no name, no user
         _keep_headers_private(Path(usual + getpass.getuser()))
 
 

@@ -126,8 +126,10 @@ def sizes_of(
                     patch_size=stem[3], num_classes=head[0],
                     in_chans=stem[1])
     except (KeyError, IndexError) as error:
+        what = (f"{error} is missing" if isinstance(error, KeyError)
+                else "a weight lacks a dimension")
         raise ValueError("these are not the weights of a ConvMixer with a "
-                         f"classifier: {error} is missing") from None
+                         f"classifier: {what}") from None
 
 
 def _assemble(sizes, activation, tensors):
@@ -303,19 +305,20 @@ def _read_torch(file):
             warnings.simplefilter("ignore")  # about how it was pickled
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # its readers have many kinds
-        if type(error).__name__ == "UnpicklingError":
-            why = ("it is damaged, or holds code or objects besides "
-                   "tensors, of which nothing was run")
-        else:
-            why = _why(error)
+        why = (_why(error) if isinstance(error, (OSError, RuntimeError)) else
+               "it is damaged, or holds code or objects besides tensors, of "
+               "which nothing was run")
         raise CheckpointError(f"{file} cannot be read as weights ({why}): "
                               "expected a dict of tensors") from None
 
 
 def _said_beside(file):
     "The architecture that a config.json beside the file tells, as on the Hub"
+    beside = file.with_name("config.json")
+    if not beside.is_file():  # none, or a pipe that might never answer
+        return None
     try:
-        note = json.loads(file.with_name("config.json").read_text("utf8"))
+        note = json.loads(beside.read_text("utf8"))
     except (OSError, ValueError):
         return None
     return note.get("architecture") if isinstance(note, dict) else None

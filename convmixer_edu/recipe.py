@@ -89,7 +89,7 @@ CHOICES = {  # the settings that are words, and the words they may be
 
 
 _WHOLE = {  # smallest and largest; beyond, a slip or a stranger's joke
-    "depth": (1, 10_000), "image_size": (1, 2**14), "limit": (1, 2**63 - 1),
+    "depth": (1, 1000), "image_size": (1, 2**14), "limit": (1, 2**63 - 1),
     "workers": (0, 1024), "randaug_n": (0, 100),
     **dict.fromkeys(("seed", "holdout"), (0, 2**63 - 1)),
 }

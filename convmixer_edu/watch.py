@@ -114,7 +114,7 @@ def _profiler():
     "PyTorch's profiler, its tracing library told to keep its diary to itself"
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from torch.profiler import profile
-    return profile()
+    return profile(acc_events=True)  # else it warns
 
 
 class Trace:

@@ -169,7 +169,7 @@ def test_an_image_smaller_than_a_patch():
 
 
 def test_defaults_are_imagenets():
-    assert count_macs(8, 1, 3, 7) == count_macs(8, 1, 3, 7, num_classes=1000, in_chans=3, image_size=224)
+    assert count_macs(8, 1, 3, 1) == count_macs(8, 1, 3, 1, num_classes=1000, in_chans=3, image_size=224)
     assert count_kept(8, 1, 7) == count_kept(8, 1, 7, in_chans=3, image_size=224)
     assert count_parameters(8, 1, 3, 7) == count_parameters(8, 1, 3, 7, num_classes=1000, in_chans=3)
 
@@ -181,3 +181,15 @@ def test_an_image_of_one_patch_is_enough():
 def test_a_convolution_of_one_channel_is_not_depthwise():
     model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 1, 1), nn.Conv2d(1, 2, 1))
     assert [x.kind for x in layers(model, 5, in_chans=1)] == ["convolution", "pointwise", "pointwise"]
+
+
+def test_two_channels_are_enough_for_a_depthwise_convolution():
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, groups=2), nn.Conv2d(2, 2, 1))
+    assert [x.kind for x in layers(model, 5, in_chans=2)] == ["depthwise", "pointwise"]
+
+
+def test_layers_shows_the_model_one_black_image():
+    seen, model = [], nn.Sequential(nn.Conv2d(3, 4, 1))
+    model.register_forward_pre_hook(lambda module, images: seen.append(images[0]))
+    layers(model, 5)
+    assert [tuple(x.shape) for x in seen] == [(1, 3, 5, 5)] and not seen[0].any()

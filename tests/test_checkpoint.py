@@ -327,3 +327,20 @@ def test_the_optimiser_gets_its_state_back_in_the_layout_of_its_parameters():
     restore(other, again, kept)
     step(other, again, 2)
     assert torch.equal(model.weight, other.weight)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda tensors: tensors.pop("optimizer.0.exp_avg_sq"),
+    lambda tensors: [tensors.pop(name) for name in [*tensors] if name.startswith("optimizer.0.")],
+    lambda tensors: tensors.update({"optimizer.0.exp_avg": torch.zeros(2, 3)}),
+], ids=["a moment", "a parameter's", "another shape"])
+def test_a_checkpoint_that_lacks_a_part_of_the_optimiser_is_refused(spoil):
+    model = torch.nn.Linear(3, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    tensors = collect(model, optimizer)
+    restore(model, optimizer, dict(tensors))
+    spoil(tensors)
+    with pytest.raises(CheckpointError, match="optimiser|another model: optimizer.0.exp_avg"):
+        restore(model, optimizer, tensors)

@@ -50,10 +50,10 @@ def call(line):
     return end.value.code, out.getvalue(), err.getvalue()
 
 
-def works(line):
-    """What a command that must succeed says on stdout."""
+def works(line, said=""):
+    """What a command that must succeed says on stdout; on stderr it says just this."""
     code, out, err = call(line)
-    assert code == 0 and not err, err
+    assert code == 0 and err == said, err
     return out
 
 
@@ -267,8 +267,9 @@ def test_resume_knows_the_folder_of_images(tmp_path, monkeypatch):
     pets = class_folders(tmp_path / "elsewhere" / "pets")
     works(f"train --out run {TINY} --data {pets}")
     Path("run/run.json").unlink(), Path("run/metrics.jsonl").unlink()  # as if it had just begun
-    works("train --resume --out run")
-    works("evaluate run")
+    where = f"convmixer: images from {pets}, as run says; --data takes others\n"  # the folder may be a stranger's
+    works("train --resume --out run", where)
+    works("evaluate run", where)
     Path("run/run.json").unlink(), Path("run/metrics.jsonl").unlink()  # as if it had just begun
     pets = pets.rename(tmp_path / "moved")
     monkeypatch.delenv("CONVMIXER_DATA")
@@ -474,6 +475,8 @@ def test_pictures_of_several_sizes_are_told_in_the_words_of_the_command(tmp_path
     ("export run", ["--onnx FILE", "--torch-export FILE"]),
     ("export run --torch-export net.pt2", ["run holds no run"]),
     ("export --torch-export gone/net.pt2", ["no folder gone"]),
+    ("export --torch-export net.pt2 --device tpu", ["no device 'tpu'"]),
+    ("export --torch-export net.pt2 --device cuda:99", ["device 'cuda:99' cannot be used here"]),
     ("info --dim ten", ["--dim", "integer"]),
     ("info --depth 0", ["depth", "0"]),
     ("info --kernel-size -3", ["kernel_size", "-3"]),
@@ -498,7 +501,10 @@ def test_export_writes_checks_and_times(trained):
 
 def test_export_to_onnx_tells_people_or_names_what_is_missing(trained, monkeypatch):
     pytest.importorskip("onnxruntime")
-    lines = works(f"export {trained} --onnx net.onnx").splitlines()
+    code, out, err = call(f"export {trained} --onnx net.onnx --device cpu")
+    lines, told = out.splitlines(), err.splitlines()
+    assert code == 0 and told[0] == "convmixer: net.onnx is written and checked" and len(told) > 1
+    assert all(line.startswith("convmixer: PyTorch timed: ") for line in told[1:])
     assert lines[0].startswith("net.onnx") and "off by" in lines[0] and any("ONNX Runtime" in line for line in lines)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     fails(f"export {trained} --onnx other.onnx", "onnxscript", "pip install 'convmixer-edu[export]'")
@@ -559,7 +565,6 @@ def test_runs_that_are_none(trained, tmp_path):
     ("config.json", b"{", ["config.json is damaged"]),
     ("config.json", b"[1]", ["config.json is damaged"]),
     ("config.json", b"\xff\xfe", ["config.json is damaged"]),
-    ("config.json", b'{"config": {"speed": 1}, "source": "digits"}', ["speed"]),
     ("command.json", b"{}", ["command.json is damaged"]),
 ])
 def test_damaged_runs(trained, tmp_path, name, content, words):
@@ -568,6 +573,49 @@ def test_damaged_runs(trained, tmp_path, name, content, words):
     fails("evaluate broken", *words)
     if name != "model.safetensors":
         fails("train --resume --out broken", *words)
+
+
+@pytest.mark.parametrize("name, place, value, commands", [
+    ("config.json", ("config", "speed"), 1, "predict evaluate"),
+    ("config.json", ("config", "dim"), -8, "predict"),
+    ("config.json", ("image_size",), ["8", "8"], "predict evaluate"),
+    ("config.json", ("image_size",), [0, 8], "predict evaluate"),
+    ("config.json", ("mean",), [None], "predict evaluate"),
+    ("config.json", ("std",), [0.0], "predict evaluate"),
+    ("config.json", ("std",), [], "predict evaluate"),
+    ("config.json", ("channels",), 3, "predict evaluate"),
+    ("config.json", ("choice",), None, "train"),
+    ("config.json", ("choice", "dtype"), "int9", "train"),
+    ("config.json", ("depthwise",), "x", "train"),
+    ("command.json", ("device",), [0], "train"),
+    ("run.json", ("seconds",), [], "train"),
+    ("run.json", ("config", "dim"), None, "train"),
+    ("run.json", ("peak_memory_mb",), [], "train"),
+])
+def test_notes_that_say_something_odd(trained, tmp_path, name, place, value, commands):
+    """Found by tools/fuzz.py, which tries thousands."""
+    broken = shutil.copytree(trained, tmp_path / "broken")
+    note = at = json.loads((broken / name).read_text())
+    for key in place[:-1]:
+        at = at[key]
+    at[place[-1]] = value
+    (broken / name).write_text(json.dumps(note))
+    lines = {"predict": f"predict broken {picture(tmp_path / 'a.png')}", "evaluate": "evaluate broken",
+             "train": "train --resume --out broken"}
+    for command in commands.split():
+        fails(lines[command], name)
+
+
+def test_a_picture_that_is_a_pipe_is_not_waited_for(trained, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    fails(f"predict {trained} pipe.png", "pipe.png", "a pipe", code=1)
+
+
+@pytest.mark.parametrize("content", [b"P5 1\x84 1 255 0", b"Pf\n1 1\n\x84-1.0\n" + bytes(4), b"\0\0\1\0", b""])
+def test_pictures_are_refused_in_our_words(trained, content):
+    Path("odd.png").write_bytes(content)
+    _, _, err = call(f"predict {trained} odd.png")
+    assert err == "convmixer: odd.png is not an image that can be read: its bytes are no picture\n"
 
 
 def test_weights_that_were_changed(trained, tmp_path):

@@ -394,6 +394,16 @@ def test_hub(monkeypatch):
     assert load_images().fingerprint == s.fingerprint and len(asked) == 1  # the cache needs no network
 
 
+def test_another_revision_from_the_hubs_cache_is_refused(monkeypatch, tmp_path):
+    """Where the line breaks, `datasets` falls back on whatever it has."""
+    datasets = pytest.importorskip("datasets", reason="the Hub is read by `datasets`")
+    datasets.Dataset.from_dict({"img": [b"x"], "label": [0]}).save_to_disk(tmp_path / "other")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.load_from_disk(tmp_path / "other"))
+    monkeypatch.setattr(data, "_hub_reachable", lambda: True)
+    with pytest.raises(ValueError, match="only another revision is here"):
+        load_images()
+
+
 def test_hub_errors(monkeypatch):
     datasets = pytest.importorskip("datasets", reason="the Hub is read by `datasets`")
     with pytest.raises(FileNotFoundError, match="cannot be reached: set CONVMIXER_DATA to a folder"):
@@ -589,6 +599,32 @@ def test_test_is_never_taken_for_validation(tmp_path):
     class_folders(tmp_path / "d", {"train": 3, "test": 2})
     with pytest.raises(ValueError, match="no split 'val'"):
         load_images(tmp_path / "d", "val")
+
+
+@pytest.mark.parametrize("columns, names, words", [
+    ({"image": [b""], "label": [b"cat"]}, None, "no label column"),
+    ([("img", [b""]), ("img", [1])], None, "train.parquet cannot be read"),
+    ({"img": [b"x"], "label": ["cat"]}, ["cat", "dog"], "image 0 of .* its bytes are no picture|only the class cat"),
+    ({"img": [b"x"], "label": [b"cat"]}, ["cat", "dog"], "no label column"),
+    ({"img": [b"x"], "label": [0]}, 7, "only the class 0"),
+])
+def test_parquet_columns_of_odd_kinds(tmp_path, columns, names, words):
+    """Found by tools/fuzz.py: labels that are bytes, a note that does not fit the columns."""
+    items = list(columns.items() if isinstance(columns, dict) else columns)
+    table = pa.Table.from_arrays([pa.array(cells) for _, cells in items], names=[name for name, _ in items])
+    features = {"img": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": names}}
+    if names is not None:
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=words):
+        load_images(tmp_path)
+
+
+def test_parquet_files_whose_labels_are_of_two_kinds(tmp_path):
+    pq.write_table(pa.table({"img": [b"x"], "label": ["cat"]}), tmp_path / "train-0.parquet")
+    pq.write_table(pa.table({"img": [b"x"], "label": [b"cat"]}), tmp_path / "train-1.parquet")
+    with pytest.raises(ValueError, match="train-1.parquet .* its column label is of another kind"):
+        load_images(tmp_path)
 
 
 def test_a_parquet_file_among_pictures_is_named(tmp_path):

@@ -231,3 +231,21 @@ def test_latency_has_each_way_for_each_count(tmp_path):
     assert [(row["way"].split(",")[0], row["images"]) for row in rows] == [
         (way, count) for count in (1, 3) for way in ("PyTorch", "PyTorch", "torch.export")]
     assert all(0 < row["least"] <= row["seconds"] <= row["most"] for row in rows)
+
+
+def test_a_file_never_replaces_a_folder_or_a_device(tmp_path):
+    """Whoever is root could replace /dev/null."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="/pipe cannot be written: it is a folder or a device"):
+        export_torch(network(), (3, 32, 32), tmp_path / "pipe")
+    assert os.listdir(tmp_path) == ["pipe"] and (tmp_path / "pipe").is_fifo()
+
+
+def test_where_nothing_can_be_written_the_file_is_named_not_its_draft(tmp_path, monkeypatch):
+    def full(source, target):
+        raise OSError(28, "No space left on device", str(source), None, str(target))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(ValueError, match=r"/net.pt2 could not be written \(No space left on device\)"):
+        export_torch(network(), (3, 32, 32), tmp_path / "net.pt2")
+    assert not os.listdir(tmp_path)

@@ -122,13 +122,33 @@ def test_what_is_no_file_is_not_waited_for(kind, tmp_path):
         load_images(tmp_path)
 
 
+@posix_only
+def test_a_pipe_beside_weights_is_not_waited_for(tmp_path):
+    from safetensors.torch import save_file
+    save_file({"0.weight": torch.zeros(1)}, tmp_path / "w.safetensors")
+    os.mkfifo(tmp_path / "config.json")
+    assert pretrained.read_weights(tmp_path / "w.safetensors")[1] is None
+    os.mkfifo(tmp_path / "pipe.pth")
+    with pytest.raises(CheckpointError, match="there is no file"):
+        pretrained.read_weights(tmp_path / "pipe.pth")
+
+
 def test_what_could_start_a_program_is_no_picture(tmp_path):
     """Neither in a class folder nor for `predict`."""
-    assert {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".ppm"} <= picture_suffixes()
+    assert {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".ppm", ".mpo", ".avif", ".jp2"} <= picture_suffixes()
     assert not {".eps", ".ps", ".pdf", ".wmf", ".emf", ".mpg", ".h5"} & picture_suffixes()
     Image.new("RGB", (8, 8)).save("a.png")
     Path("b.eps").write_bytes(EPS)
     assert find_pictures([tmp_path]) == [tmp_path / "a.png"]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF"])
+def test_the_usual_kinds_are_read(kind):
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow has no {kind}")
+    content = saved(kind, **({"save_all": True, "append_images": [Image.new("RGB", (8, 8))]} if kind == "MPO" else {}))
+    assert read_image(BytesIO(content), name=kind).shape == (3, 8, 8)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])

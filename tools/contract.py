@@ -3,6 +3,8 @@
     make contract                             Colab's versions: tests/colab_packages.txt, Python 3.13
     python tools/contract.py --lower          the lower bounds of pyproject, its oldest Python
     python tools/contract.py --python PATH    the packages of an environment that is there already
+    python tools/contract.py --keep FOLDER    made there, and used again by the next call
+    python tools/contract.py --data FOLDER    with CIFAR-10 from there; else the digits
     python tools/contract.py --only 02_model 04_data
 
 Makes a new environment (gigabytes: not part of make test), installs the wheel as the first cell of a chapter does, runs
@@ -81,6 +83,8 @@ def constraints(lower, dependencies):
 
 def make_environment(folder, base, lower):
     """Make an environment with the versions wanted, or on top of another one; return its Python."""
+    if (folder / "made").exists():
+        return folder / "bin" / "python"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))["project"]
     version = project["requires-python"].removeprefix(">=") if lower else "3.13"
     start = base or find_python(version)
@@ -94,10 +98,11 @@ def make_environment(folder, base, lower):
         there = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
         (site,) = folder.glob("lib/python*/site-packages")
         (site / "base.pth").write_text(there)
-        subprocess.run([*install, *RUNNER, *project["dependencies"]], check=True)
-        return python
-    (folder / "constraints.txt").write_text("\n".join(constraints(lower, project["dependencies"])) + "\n")
-    subprocess.run([*install, "-c", folder / "constraints.txt", *RUNNER, *project["dependencies"]], check=True)
+    else:
+        (folder / "constraints.txt").write_text("\n".join(constraints(lower, project["dependencies"])) + "\n")
+        install += ["-c", folder / "constraints.txt"]
+    subprocess.run([*install, *RUNNER, *project["dependencies"]], check=True)
+    (folder / "made").touch()
     return python
 
 
@@ -111,21 +116,22 @@ def build_wheel(folder):
     return wheel
 
 
-def outside(folder, python):
+def outside(folder, python, data="digits"):
     """Return an environment that knows nothing of the checkout and fetches nothing."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
-    return {**clean, "PATH": f"{Path(python).parent}{os.pathsep}{os.defpath}", "CONVMIXER_DATA": "digits",
+    return {**clean, "PATH": f"{Path(python).parent}{os.pathsep}{os.defpath}", "CONVMIXER_DATA": data,
             "CONVMIXER_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
-            "JUPYTER_PREFER_ENV_PATH": "1"}
+            "JUPYTER_PREFER_ENV_PATH": "1",
+            "PYTHONWARNINGS": "ignore:Guards may run slower on Python 3.13.0"}  # torch of that patch release alone
 
 
-def run_chapter(python, path):
+def run_chapter(python, path, data):
     """Run a chapter in an empty folder; return its faults, as sentences, and how many cells ran."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         notebook = folder / path.name
         shutil.copy(path, notebook)
-        done = subprocess.run([python, "-c", RUN, notebook, SKIPPED], cwd=folder, env=outside(folder, python),
+        done = subprocess.run([python, "-c", RUN, notebook, SKIPPED], cwd=folder, env=outside(folder, python, data),
                               capture_output=True, text=True)
     if done.returncode:
         return [f"{path.stem}: {done.stderr.strip()[-1000:]}"], 0
@@ -137,8 +143,9 @@ def quick_tests(python):
     """Run the quick tests away from the checkout; return what failed, in a list."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-        command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/{test}.py" for test in QUICK)]
+        for part in ("tests", "tools"):
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "pythonpath=tools", *(f"tests/{test}.py" for test in QUICK)]
         done = subprocess.run(command, cwd=folder, env=outside(folder, python), capture_output=True, text=True)
     print(done.stdout.strip().split("\n")[-1], flush=True)
     if done.returncode:
@@ -151,6 +158,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--lower", action="store_true", help="the lower bounds of pyproject")
     parser.add_argument("--python", help="the Python of an environment whose packages are used")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="make the environment there, once, and leave it")
+    parser.add_argument("--data", default="digits", help="the images that the chapters get (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="CHAPTER", help="such as 02_model")
     args = parser.parse_args()
     chapters = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -160,13 +169,13 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         wheel = build_wheel(folder)
-        python = make_environment(folder / "venv", args.python, args.lower)
-        install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel]
+        python = make_environment(args.keep or folder / "venv", args.python, args.lower)
+        install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--force-reinstall", wheel]
         subprocess.run(install, check=True)
-        for path in chapters:
+        for path in (folder / "source" / "nbs" / path.name for path in chapters):  # of when the wheel was built
             if args.only and path.stem not in args.only:
                 continue
-            found, count = run_chapter(python, path)
+            found, count = run_chapter(python, path, args.data)
             print(f"{path.stem}: {count} cells, {len(found)} faults", *found, sep="\n  ", flush=True)
             faults, cells = faults + found, cells + count
         faults += [] if args.only else quick_tests(python)
