@@ -146,15 +146,16 @@ def load_run(
         missing = note.name if not note.exists() else weights.name
         raise ValueError(f"{run} holds no finished run: {missing} is missing, "
                          "train one or go on with --resume")
-    if (run / "record.json").exists():
-        check_record(run)
-    elif (run / "run.json").exists():
-        check_run(run)
     config, setup = read_setup(note)
     info = RunInfo(config, tuple(setup["classes"]), setup["channels"],
                    tuple(setup["image_size"]),
                    Statistics(tuple(setup["mean"]), tuple(setup["std"])))
-    return _model_from(info, weights, recipe_digest(setup)), info
+    model = _model_from(info, weights, recipe_digest(setup))
+    if (run / "record.json").exists():  # last: the others say what is wrong
+        check_record(run)
+    elif (run / "run.json").exists():
+        check_run(run)
+    return model, info
 
 # %% ../nbs/06c_inference.ipynb #85e56e59
 def _model_from(info, weights, recipe):

@@ -89,7 +89,7 @@ CHOICES = {  # the settings that are words, and the words they may be
 
 
 _WHOLE = {  # smallest and largest; beyond, a slip or a stranger's joke
-    "depth": (1, 10_000), "image_size": (1, 2**14), "limit": (1, 2**63 - 1),
+    "depth": (1, 1000), "image_size": (1, 2**14), "limit": (1, 2**63 - 1),
     "workers": (0, 1024), "randaug_n": (0, 100),
     **dict.fromkeys(("seed", "holdout"), (0, 2**63 - 1)),
 }
@@ -216,9 +216,10 @@ def read_setup(
 ) -> tuple[Config, dict]:  # the recipe, all that the file holds
     "Raises `CheckpointError` for what no run wrote"
     setup = read_json(path)
-    check_note(setup, _SETUP, path, {"version", "choice", "depthwise"})
+    check_note(setup, {"config": dict}, path)
     try:
         config = with_settings(Config(), setup["config"])
+        check_note(setup, _SETUP, path, {"version", "choice", "depthwise"})
         check_kind("choice", setup.get("choice", {}), dict)
         check_kind("depthwise", setup.get("depthwise", ""), str)
         sizes = [setup["channels"], *setup["image_size"]]
@@ -228,6 +229,8 @@ def read_setup(
                 and min(setup["std"]) > 0):
             raise ValueError("classes, channels, sizes and statistics do not "
                              "go together")
+    except CheckpointError:
+        raise
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): expected what a "
                               "run writes, start a new run") from None

@@ -589,7 +589,7 @@ def _open_run(c, source, out, data, held, resume, device, mirror, first,
     if (out / "run.json").exists():
         return run
     if not (resume and _load(run)):
-        if resume and is_main():
+        if resume and is_main() and (out / "metrics.jsonl").exists():
             warnings.warn(f"there is no checkpoint in {out}: the run begins "
                           "again with its first step")
         if first is not None:

@@ -266,11 +266,11 @@ def test_resume_of_a_finished_run_tells_it_again(trained):
 def test_resume_knows_the_folder_of_images(tmp_path, monkeypatch):
     pets = class_folders(tmp_path / "elsewhere" / "pets")
     works(f"train --out run {TINY} --data {pets}")
-    Path("run/run.json").unlink()
+    Path("run/run.json").unlink(), Path("run/metrics.jsonl").unlink()  # as if it had just begun
     where = f"convmixer: images from {pets}, as run says; --data takes others\n"  # the folder may be a stranger's
     works("train --resume --out run", where)
     works("evaluate run", where)
-    Path("run/run.json").unlink()
+    Path("run/run.json").unlink(), Path("run/metrics.jsonl").unlink()  # as if it had just begun
     pets = pets.rename(tmp_path / "moved")
     monkeypatch.delenv("CONVMIXER_DATA")
     fails("train --resume --out run", "elsewhere/pets", "--data")
