@@ -76,8 +76,9 @@ def keep(
     """Copy a finished run into the ledger and seal it
 
     When it returns, all is on the disk. Weights are kept as float16, with a
-    model card beside them. Raises `ValueError` when the run is not finished,
-    or the name is taken or none."""
+    model card beside them. Raises `ValueError` when the run is not finished
+    or was changed since, or the name is taken or none."""
+    from convmixer_edu.checkpoint import check_run
     run = Path(run)
     folder = Path(into or results_folder()) / name
     if not re.fullmatch(r"\w[\w.-]{,99}", name, re.ASCII):
@@ -88,6 +89,7 @@ def keep(
     if folder.exists():
         raise ValueError(f"{name} is recorded already: choose another name, "
                          "a record is never written over")
+    check_run(run)  # what it holds is what it wrote
     aside = folder.with_name(f".{name}.part")  # whole, or not there
     _copy(KEPT[:3], run, aside)
     if weights:

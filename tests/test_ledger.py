@@ -57,6 +57,17 @@ def test_any_change_breaks_the_seal(finished, tmp_path, name):
         ledger.recorded("a", tmp_path / "results")
 
 
+@pytest.mark.parametrize("name", ("config.json", "metrics.jsonl", "run.json", "model.safetensors"))
+def test_a_run_that_was_changed_is_not_recorded(finished, tmp_path, name):
+    file = finished / name
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=name):
+        ledger.keep(finished, "a", "c", weights=True, into=tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
 def test_kept_weights_are_half_as_large_and_the_card_says_what_they_are(finished, tmp_path):
     folder = ledger.keep(finished, "a", "c", weights=True, into=tmp_path / "results")
     whole, half = (read_checkpoint(f / "model.safetensors")[0] for f in (finished, folder))
