@@ -228,6 +228,10 @@ TYPE = """(text => { const form = document.querySelectorAll('form.exercise')[NUM
     return [form.dataset.state, form.querySelector('p').textContent] })(TEXT)"""
 
 
+def test_most_exercises_are_answered_in_the_page(built):
+    assert sum(len(soup(page).select("form.exercise")) for page in NOTEBOOKS) > 30  # of seventy; many of the rest are code
+
+
 @every_notebook
 def test_exercises_answer_in_the_page(site, tab, page):
     """Typed: the right answer, each known mistake and nonsense, with the sentences that the notebook has."""

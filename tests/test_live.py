@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import time
 
 import pytest
@@ -72,8 +73,13 @@ def test_it_wakes_answers_shuffles_and_takes_a_picture_of_ones_own(page):
     with served(page) as address, browser_page() as tab:
         asked, complaints = tab.open(address)
         assert not complaints and not any("safetensors" in url for url in asked), "fetched before it was asked"
-        tab.evaluate(f"{START}.click()")
+        again = f"{START}.dispatchEvent(new MouseEvent('click', {{ detail: 2 }}))"  # a double click's second half
+        assert tab.evaluate(f"{START}.click(), {again}, {START}.textContent") == "Cancel"
+        assert tab.evaluate(f"{START}.click(), {START}.textContent").startswith("Wake")
+        assert tab.evaluate("document.querySelector('.live progress').hidden")
+        tab.evaluate(f"{START}.focus(), {START}.click()")
         first = until(tab, LIVE)
+        assert tab.evaluate("document.activeElement === document.querySelector('.live-choices input')")
         assert tab.evaluate("document.querySelectorAll('.live-bars li').length") == 3
         assert tab.evaluate("document.querySelectorAll('.live-maps canvas').length") == 6
         stored = BeautifulSoup(page, "html.parser").select_one("figure.live li").get_text("|").split("|")
@@ -101,6 +107,11 @@ def test_it_wakes_answers_shuffles_and_takes_a_picture_of_ones_own(page):
         Image.effect_noise((300, 200), 90).convert("RGB").save(file, "PNG")
         tab.evaluate(drop % base64.b64encode(file.getvalue()).decode())
         assert until(tab, f"{STATUS}.startsWith('your picture:') && {LIVE}")
+        file = io.BytesIO()
+        Image.new("RGBA", (50, 40)).save(file, "PNG")  # transparent: nothing of the last picture shines through
+        tab.evaluate(drop % base64.b64encode(file.getvalue()).decode())
+        seen = "document.querySelector('.live-picture').getContext('2d').getImageData(0, 0, 320, 320).data"
+        assert until(tab, f"{seen}.every(v => v === 255) && {LIVE}")
         tab.evaluate(drop % base64.b64encode(b"no picture").decode())
         assert until(tab, f"{STATUS}.includes('no picture this browser can read') && true")
         assert tab.evaluate("document.querySelectorAll('.live-bars li').length") == 3  # the last answer stays
@@ -117,6 +128,22 @@ def test_without_its_weights_the_answers_stay_and_it_can_be_tried_again(page):
             assert tab.evaluate(f"{START}.textContent").startswith("Wake")
             tab.evaluate(f"{STATUS.removesuffix('.textContent')}.textContent = ''")
         assert tab.evaluate("document.querySelectorAll('.live-stored li').length") == 3
+
+
+TYPED = [("0,5", 1, 0.5), ("0,125", 1, 0.125), ("2,302585", 1, 2.302585), ("1,024", 1, 1024), ("153,600,000", 1, 153600000),
+         ("1_000", 1, 1000), ("3/4", 1, 0.75), ("1e-3", 1, 0.001), ("3/0", 1, None), ("_", 1, None), ("1.2.3", 1, None),
+         ("50 %", 0.5, 0.5), ("1.73 %", 1.732, 1.73), ("(1/4, 0.5)", [1, 1], [0.25, 0.5]), ("0,6; 0,8", [1, 1], [0.6, 0.8]),
+         ("153,600,000; 7", [1, 1], [153600000, 7]), ("1,", [1, 1], None), ("No", True, False), ("'a.b'", "c", "a.b")]
+
+
+@needs_browser
+def test_an_exercise_reads_what_people_type():
+    with served(run=False) as address, browser_page() as tab:
+        tab.open(address)
+        cases = json.dumps([case[:2] for case in TYPED])
+        found = tab.evaluate(f"import('/live/exercise.js').then(e => {cases}.map(([text, like]) => e.parse(text, like)))")
+    for (text, _, value), read in zip(TYPED, found, strict=True):
+        assert read == (pytest.approx(value) if isinstance(value, (float, list)) else value), text
 
 
 def test_each_module_is_short():

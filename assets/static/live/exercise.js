@@ -1,17 +1,25 @@
 // Exercises in the page: a box for the answer, the sentences that the notebook's check would say. What was answered is
 // remembered in this browser only.
 
+/** Digits as a number; a comma stands between thousands or, as in 0,125, for the point */
+function number(text = "") {
+  text = text.replaceAll("_", "")
+  const thousands = /^[-+]?[1-9]\d{0,2}(,\d{3})+(?![\d,])/.test(text)
+  return text ? Number(thousands ? text.replaceAll(",", "") : text.replace(",", ".")) : NaN
+}
+
 /** Text as the kind of value that is asked for; null where it is none */
 export function parse(text, like) {
   text = text.trim()
   if (Array.isArray(like)) {
-    const parts = text.replace(/^[([]|[)\]]$/g, "").split(/[,;]\s*/).map((part, i) => parse(part, like[i % like.length]))
+    const parts = text.replace(/^[([]|[)\]]$/g, "").split(text.includes(";") ? ";" : ",")
+      .map((part, i) => parse(part, like[i % like.length]))
     return parts.includes(null) ? null : parts
   }
   if (typeof like === "string") return text.replace(/^["'`]|["'`]$/g, "") || null
   if (typeof like === "boolean") return { true: true, yes: true, false: false, no: false }[text.toLowerCase()] ?? null
-  const [, above, below] = /^([-+]?[\d_.]+(?:e[-+]?\d+)?)(?:\s*\/\s*([-+]?[\d_.]+))?\s*%?$/i.exec(text.replace(/(\d),(?=\d{3})/g, "$1")) ?? []
-  const value = Number(above?.replaceAll("_", "")) / Number(below?.replaceAll("_", "") ?? 1)
+  const [, above, below, percent] = /^([-+]?[\d_.,]+(?:e[-+]?\d+)?)(?:\s*\/\s*([-+]?[\d_.,]+))?\s*(%?)$/i.exec(text) ?? []
+  const value = number(above) / number(below ?? "1") / (percent && Math.abs(like) <= 1 ? 100 : 1) // 50 % of a share is 0.5
   return Number.isFinite(value) ? value : null
 }
 

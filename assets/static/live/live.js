@@ -16,13 +16,15 @@ function make(name, properties = {}, ...children) {
 
 /** Any picture as the network gets it: its middle square, 32 x 32, as bytes (H, W, 4) */
 function bytes(picture, size) {
-  const canvas = new OffscreenCanvas(size, size), pen = canvas.getContext("2d", { willReadFrequently: true })
+  const canvas = make("canvas", { width: size, height: size }), pen = canvas.getContext("2d", { willReadFrequently: true })
   const w = picture.naturalWidth ?? picture.width, h = picture.naturalHeight ?? picture.height, side = Math.min(w, h)
   if (side > 2 * size) { // halve it until a smooth step is enough: no false patterns
-    const half = new OffscreenCanvas(Math.ceil(side / 2), Math.ceil(side / 2)), halfPen = half.getContext("2d")
-    halfPen.drawImage(picture, (w - side) / 2, (h - side) / 2, side, side, 0, 0, half.width, half.height)
-    return bytes(half, size)
+    const half = Math.min(Math.ceil(side / 2), 2048), smaller = make("canvas", { width: half, height: half }) // phones have a limit
+    smaller.getContext("2d").drawImage(picture, (w - side) / 2, (h - side) / 2, side, side, 0, 0, half, half)
+    return bytes(smaller, size)
   }
+  pen.fillStyle = "#fff" // behind what is transparent
+  pen.fillRect(0, 0, size, size)
   pen.imageSmoothingQuality = "high"
   pen.drawImage(picture, (w - side) / 2, (h - side) / 2, side, side, 0, 0, size, size)
   return pen.getImageData(0, 0, size, size).data
@@ -33,14 +35,24 @@ class Live {
     this.figure = figure
     this.stored = figure.querySelector("ul")
     this.start = make("button", { type: "button", className: "live-start", textContent: OFFER })
+    this.progress = make("progress", { hidden: true, aria: { "aria-label": "fetched" } }) // a status would be read out at each step
     this.status = make("p", { className: "live-status", aria: { role: "status" } })
-    this.start.onclick = () => this.worker ? this.stop() : this.wake()
-    this.stored.after(this.start, this.status)
+    this.start.onclick = event => { // the second half of a double click cancels nothing
+      if (event.detail < 2) this.worker ? this.stop() : this.wake()
+    }
+    this.stored.after(this.start, this.progress, this.status)
+    addEventListener("paste", event => {
+      const file = event.clipboardData?.files[0], typing = event.target.matches?.("[type=text], [type=search], textarea")
+      if (file && this.panel && !typing) this.own(file)
+    })
   }
 
   stop(sentence = "") {
     this.worker?.terminate()
-    this.worker = null
+    this.shell?.remove()
+    this.worker = this.panel = this.wanted = this.figure.ondragover = this.figure.ondrop = null
+    this.stored.hidden = this.start.hidden = false
+    this.progress.hidden = true
     this.status.textContent = sentence
     this.start.textContent = OFFER
   }
@@ -52,68 +64,85 @@ class Live {
     this.worker.postMessage({ load: new URL("run/", here).href })
     this.start.textContent = "Cancel"
     this.status.textContent = "fetching …"
+    this.progress.removeAttribute("value")
+    this.progress.hidden = false
   }
 
   hear({ have, all, ready, error, id, took, chances, stages }) {
-    if (have) this.status.textContent = `fetching … ${Math.round(100 * have / all)} %`
-    else if (ready) this.open(ready)
-    else if (error && !this.panel) this.stop(`The network could not be fetched: ${error}. The stored answers stay.`)
-    else if (error) this.status.textContent = `No answer: ${error}.`
-    else if (id === this.asked) this.show(took, chances, stages)
+    if (all !== undefined) Object.assign(this.progress, { max: all || 1, value: have })
+    else if (ready) {
+      try {
+        this.open(ready)
+      } catch (problem) {
+        this.stop(`The network could not be shown: ${problem.message}. The stored answers stay.`)
+      }
+    } else if (!this.panel) this.stop(`The network could not be fetched: ${error}. The stored answers stay.`)
+    else {
+      this.thinking = false
+      if (id !== this.asked.id) this.send()
+      else if (error) {
+        this.panel.classList.remove("live-busy")
+        this.status.textContent = `No answer: ${error}.`
+      } else this.show(took, chances, stages)
+    }
   }
 
   /** Ready: the stored answers become a row of pictures to choose from, and a panel */
   open(shape) {
-    Object.assign(this, { shape, stage: shape.depth })
+    Object.assign(this, { shape, stages: null, thinking: false })
     const pictures = [...this.stored.querySelectorAll("img")], name = `live-${Math.random()}`
     this.choices = make("div", { className: "live-choices", aria: { role: "radiogroup", "aria-label": "pictures" } })
     for (const [i, img] of pictures.entries()) {
       const radio = make("input", { type: "radio", name, onchange: () => this.take(img), aria: { "aria-label": img.alt } })
-      this.choices.append(make("label", {}, radio, img.cloneNode()))
+      this.choices.append(make("label", {}, radio, Object.assign(img.cloneNode(), { alt: "" })))
       if (!i) radio.checked = true
     }
-    const own = make("input", { type: "file", accept: "image/*", onchange: () => this.own(own.files[0]) })
+    this.file = make("input", { type: "file", accept: "image/*",
+      onchange: () => this.file.files[0] && this.own(this.file.files[0]) })
     this.canvas = make("canvas", { className: "live-picture", width: 320, height: 320, aria: { role: "img" } })
     this.mix = make("input", { type: "checkbox", onchange: () => this.ask() })
     this.bars = make("ol", { className: "live-bars" })
     this.maps = make("div", { className: "live-maps" })
     this.slider = make("input", { type: "range", min: 0, max: shape.depth, value: shape.depth,
       oninput: () => this.draw(), aria: { "aria-label": "stage of the network" } })
-    this.stageName = make("output")
+    this.stageName = make("span") // an <output> would be read out beside the slider's own text
     this.panel = make("div", { className: "live-panel" },
       make("div", {}, this.canvas, make("label", { className: "live-switch" }, this.mix, " shuffle the patches")),
       make("div", {}, this.bars, make("label", { className: "live-stage" }, this.stageName, this.slider), this.maps))
-    this.figure.prepend(this.choices,
-      make("label", { className: "live-own" }, "or a picture of your own: choose, drop or paste ", own), this.panel)
-    this.stored.hidden = this.start.hidden = true
+    this.shell = make("div", {}, this.choices,
+      make("label", { className: "live-own" }, "or a picture of your own: choose, drop or paste ", this.file), this.panel)
+    this.figure.prepend(this.shell)
+    if (document.activeElement === this.start) this.choices.querySelector("input").focus()
+    this.stored.hidden = this.start.hidden = this.progress.hidden = true
     this.figure.ondragover = event => event.preventDefault()
     this.figure.ondrop = event => { event.preventDefault(); this.own(event.dataTransfer.files[0]) }
-    addEventListener("paste", event => event.clipboardData.files[0] && this.own(event.clipboardData.files[0]))
     this.take(pictures[0])
   }
 
   take(img) {
-    this.name = img.alt
-    this.given = bytes(img, this.shape.size)
-    this.mine = false
+    Object.assign(this, { wanted: img, name: img.alt, given: bytes(img, this.shape.size), mine: false })
+    this.file.value = ""
     this.ask()
   }
 
   async own(file) {
+    this.wanted = file
     try {
       const picture = await createImageBitmap(file)
+      if (this.wanted !== file) return // another one was chosen meanwhile
       this.choices.querySelectorAll("input").forEach(radio => { radio.checked = false })
       Object.assign(this, { name: "your picture", given: bytes(picture, this.shape.size), mine: true })
+      picture.close()
       this.ask()
     } catch {
-      this.status.textContent = "That file is no picture this browser can read."
+      if (this.wanted === file) this.status.textContent = "That file is no picture this browser can read."
     }
   }
 
   ask() {
     const { size, p } = this.shape, count = (size / p) ** 2
     const pixels = this.mix.checked ? shuffled(this.given, size, p, order(count)) : Uint8ClampedArray.from(this.given)
-    const small = new OffscreenCanvas(size, size), pen = this.canvas.getContext("2d"), step = this.canvas.width * p / size
+    const small = make("canvas", { width: size, height: size }), pen = this.canvas.getContext("2d"), step = this.canvas.width * p / size
     small.getContext("2d").putImageData(new ImageData(pixels, size), 0, 0)
     pen.imageSmoothingEnabled = false
     pen.drawImage(small, 0, 0, this.canvas.width, this.canvas.height)
@@ -124,8 +153,14 @@ class Live {
     }
     this.canvas.setAttribute("aria-label", `${this.name}, ${size} by ${size} pixels, in patches of ${p}`)
     this.panel.classList.add("live-busy")
-    this.asked = (this.asked ?? 0) + 1
-    this.worker.postMessage({ id: this.asked, pixels })
+    this.asked = { id: (this.asked?.id ?? 0) + 1, pixels }
+    if (!this.thinking) this.send()
+  }
+
+  /** The newest question, one at a time: none waits behind those that nobody wants answered any more */
+  send() {
+    this.thinking = true
+    this.worker.postMessage(this.asked)
   }
 
   show(took, chances, stages) {
@@ -147,7 +182,7 @@ class Live {
     const stage = +this.slider.value, side = this.shape.size / this.shape.p
     this.stageName.textContent = stage ? `block ${stage} of ${this.shape.depth}` : "patches"
     this.slider.setAttribute("aria-valuetext", this.stageName.textContent)
-    this.maps.replaceChildren(...this.stages[stage].map(({ channel, grey }) => {
+    this.maps.replaceChildren(...(this.stages?.[stage] ?? []).map(({ channel, grey }) => {
       const canvas = make("canvas", { width: side, height: side, aria: { role: "img", "aria-label": `channel ${channel}` } })
       const image = new ImageData(side, side)
       grey.forEach((v, i) => image.data.set([v, v, v, 255], 4 * i))
