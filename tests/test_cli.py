@@ -657,9 +657,14 @@ def test_a_full_disk(monkeypatch):
     fails(f"train --out run {TINY}", "No space left", "make room", code=1)
 
 
-def test_no_memory():
-    wide = TINY.replace("dim=8", "dim=10000000")
-    fails(f"train --out run {wide}", "not enough memory", code=1)
+def test_no_memory(monkeypatch):
+    fails(f"train --out run {TINY.replace('dim=8', 'dim=10000000')}", "2**32 weights")
+
+    def too_much(*given):
+        torch.empty(2**60)
+    with monkeypatch.context() as for_now:
+        for_now.setattr("convmixer_edu.train.build_model", too_much)
+        fails(f"train --out run {TINY}", "not enough memory", code=1)
     for side in (10**12, 10**23):
         fails(f"info --dim {side}", "not enough memory", code=1)
 

@@ -1046,7 +1046,7 @@ def test_finetune_from_a_terminal(two_photos, weights):
     assert json.loads(again)["config"]["start"] == "convmixer_1024_20"
     told = json.loads(convmixer("evaluate", "run", "--json")[0])
     assert told["images"] == 10
-    _, err = convmixer("train", "--resume", "--out", "run", "--finetune", "convmixer_768_32", code=2)
+    _, err = convmixer("train", "--resume", "--out", "run", "--data", two_photos, "--finetune", "convmixer_768_32", code=2)
     assert "start (convmixer_1024_20 there, convmixer_768_32 now)" in err
 
 

@@ -500,13 +500,13 @@ def test_compiled_code_is_not_kept_with_another_user(compilers, tmp_path, place)
 
 
 @root_only
-def test_headers_are_not_compiled_into_a_folder_of_another_user(compilers, monkeypatch):
+def test_headers_are_not_compiled_into_a_folder_of_another_user(compilers):
     import getpass
 
     from torch._inductor import config
-    monkeypatch.setattr(config, "cpp_cache_precompile_headers", True)
-    depthwise.keep_compiled_code_private()
-    assert config.cpp_cache_precompile_headers
-    os.chown(compilers / f"torchinductor_{getpass.getuser()}", SOMEBODY, SOMEBODY)
-    depthwise.keep_compiled_code_private()
-    assert not config.cpp_cache_precompile_headers
+    with config.patch(cpp_cache_precompile_headers=True):
+        depthwise.keep_compiled_code_private()
+        assert config.cpp_cache_precompile_headers
+        os.chown(compilers / f"torchinductor_{getpass.getuser()}", SOMEBODY, SOMEBODY)
+        depthwise.keep_compiled_code_private()
+        assert not config.cpp_cache_precompile_headers
