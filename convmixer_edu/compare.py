@@ -213,7 +213,7 @@ def _without_values(network):
     try:
         with torch.device("meta"):
             return timm.create_model(network)
-    except (NotImplementedError, RuntimeError):  # older timms ask for values
+    except RuntimeError:  # older timms read values; there are none
         return timm.create_model(network).to("meta")
 
 # %% ../nbs/A_comparisons.ipynb #9d1cdd5d

@@ -62,7 +62,7 @@ class Task:
 def plan(
     table: int | None,  # 3 or 4; None: both
     scale: str,
-    seeds: int,  # runs an arm
+    seeds: int,  # runs per arm
     only: list[str] = (),  # names of arms; none: all of the table
 ) -> list[Task]:
     """All arms with one seed, then all with the next
@@ -459,7 +459,7 @@ def runs(
     "A table's arms as Markdown: what each sets, the paper's accuracy, ours"
     from IPython.display import Markdown
     found, lines = records(scale, results), [
-        "| arm | sets | the paper, % | ours, % | runs | seconds a run "
+        "| arm | sets | the paper, % | ours, % | runs | seconds per run "
         "| seeds |", "|:--|:--|--:|--:|--:|--:|:--|"]
     for arm in [a for a in ARMS.values() if a.table == table
                 or a.name == "baseline"]:
