@@ -9,6 +9,7 @@ __all__ = ['IMAGENET_FLAGS', 'IMAGENET_GPUS', 'TIMM_RUNNER', 'world', 'rank', 'i
 import atexit
 import os
 import shlex
+import time
 
 import torch
 import torch.distributed as dist
@@ -81,6 +82,7 @@ def _leave():
     "Part in order when the process ends"
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(0.5)  # see below: gloo's threads must not outlive Python
 
 # %% ../nbs/06d_scaling.ipynb #aff1481c
 def all_sum(
