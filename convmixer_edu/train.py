@@ -6,7 +6,6 @@ __all__ = ['epoch_order', 'steps_per_epoch', 'picks', 'TrainingError', 'Diverged
 
 # %% ../nbs/06_training.ipynb #3d6adc54
 import dataclasses
-import importlib
 import json
 import math
 import os
@@ -805,9 +804,3 @@ def _sweep_finished(run):
     for file in run.out.glob("checkpoint-*.safetensors"):
         file.unlink()
     _update_mirror(run)
-
-# %% ../nbs/06_training.ipynb #e143ad8f
-if __name__ == "__main__" and "__file__" in globals():  # not in a notebook
-    # from the floor above, hence only as a program
-    importlib.import_module("convmixer_edu.cli").main(
-        ["train", *sys.argv[1:]])

@@ -392,10 +392,10 @@ def test_errors_reach_all_and_a_batch_must_be_shared_equally(alone, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_torchrun_trains_by_the_module(tmp_path):
+def test_torchrun_trains_by_the_command(tmp_path):
     settings = [f"--set={k}={v}" for k, v in vars(replace(TINY, epochs=1)).items() if v != getattr(Config(), k)]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-               "convmixer_edu.train", "--preset=digits", f"--out={tmp_path}/run", "--device=cpu", "--json", *settings,
+               "convmixer_edu", "train", "--preset=digits", f"--out={tmp_path}/run", "--device=cpu", "--json", *settings,
                "--set=weight_decay=2e-5", "--set=init=uniform", "--set=flip=true", "--set=crop_scale=1"]
     done = subprocess.run(command, text=True, capture_output=True, timeout=HOUR, cwd=tmp_path,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "CONVMIXER_DATA": "digits"})
