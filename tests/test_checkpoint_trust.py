@@ -76,9 +76,10 @@ def edit(file, **parts):
 
 
 def as_before(out):
-    """Rewrite a run in the form of the version that sealed nothing, and had a setting less."""
+    """Rewrite a run in the form of a version that sealed nothing, had a setting less, and one that is gone."""
     settings = json.loads((out / "config.json").read_text())["config"]
-    edit(out / "config.json", version=None, config={k: v for k, v in settings.items() if k != "alternating"})
+    del settings["engine"]
+    edit(out / "config.json", version=None, config={**settings, "alternating": False})
     for file in out.glob("*.safetensors"):
         tensors, meta = read_checkpoint(file)
         text = json.dumps({k: v for k, v in meta.items() if k not in ("recipe", "parts")}, sort_keys=True)
@@ -171,6 +172,7 @@ CONFIG = {  # of config.json: what is changed, and a word of the sentence
     "flip 3": ({"config": {"flip": 3}}, "flip is 3"), "lr": ({"config": {"lr": None}}, "lr is None"),
     "start": ({"config": {"start": 7}}, "start is 7"), "limit": ({"config": {"limit": {}}}, "limit"),
     "size": ({"config": {"image_size": 10**9}}, "image_size"), "unknown": ({"config": {"x": 1}}, "no setting 'x'"),
+    "retired": ({"config": {"alternating": True}}, "alternating is True, which this version cannot do"),
     "config": ({"config": []}, "config"), "classes": ({"classes": "cat"}, "classes"), "numbers": ({"classes": [1]}, "classes"),
     "no classes": ({"classes": []}, "classes"), "channels": ({"channels": "3"}, "channels"),
     "channels many": ({"channels": 10**6}, "do not go together"), "mean": ({"mean": [0.5, 0.5]}, "do not go together"),
