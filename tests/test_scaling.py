@@ -99,8 +99,10 @@ def asked(tell):
     d.setup("cpu")
     me = d.rank()
     tell([me, d.world(), d.is_main(), d.any_of(me == 1), d.any_of(False), int(d.all_sum(torch.tensor(me + 1)))])
-    told = d.from_main(lambda: {"from": me, "tensor": torch.arange(3)})
-    tell([told["from"], told["tensor"].tolist()])
+    told = d.from_main(lambda: {"from": me, "say": "\u00fc" * 1000})
+    mine = {"a": torch.arange(3) + me, "b": torch.tensor(0.5)} if me == 0 else {}
+    got = d.shared(mine, {"a": torch.zeros(3, dtype=torch.int64), "b": torch.zeros(())})
+    tell([told["from"], len(told["say"]), got["a"].tolist(), float(got["b"])])
 
     def fails():
         raise ValueError(f"process {me} found nothing")
@@ -114,7 +116,7 @@ def asked(tell):
 def test_what_one_knows_all_know():
     for me, told in enumerate(ends(together(3, asked))):
         assert told[0] == [me, 3, me == 0, True, False, 6]
-        assert told[1] == [0, [0, 1, 2]]
+        assert told[1] == [0, 1000, [0, 1, 2], 0.5]
         assert told[2] == "process 0 found nothing"
 
 
