@@ -283,8 +283,9 @@ def add_head(app, pagename, templatename, context, doctree):
     tags = [f'<meta http-equiv="Content-Security-Policy" content="{POLICY}" />']
     if doctree:
         picture = f"{app.config.html_baseurl}_static/share.png"
-        about = {"og:type": "article", "og:title": html.unescape(re.sub("<[^>]+>", "", context["title"])), "og:description": first_sentence(doctree),
-                 "og:url": f"{app.config.html_baseurl}{pagename}.html", "og:image": picture}
+        title = html.unescape(re.sub("<[^>]+>", "", context["title"]))
+        about = {"og:type": "article", "og:title": title, "og:description": summary(doctree), "og:image": picture,
+                 "og:url": f"{app.config.html_baseurl}{pagename}.html"}
         tags += [f'<meta property="{name}" content="{html.escape(text)}" />' for name, text in about.items()]
         tags += [f'<meta name="description" content="{html.escape(about["og:description"])}" />',
                  '<meta name="twitter:card" content="summary_large_image" />']
@@ -292,11 +293,12 @@ def add_head(app, pagename, templatename, context, doctree):
     context["css_files"] = [file for file in context["css_files"] if "thebe" not in str(file.filename)]
 
 
-def first_sentence(doctree):
-    """Return the first sentence of a page's text, for those who list it."""
+def summary(doctree):
+    """Return what a page begins with, without its standing words, for those who list it."""
     texts = (paragraph.astext() for paragraph in doctree.findall(nodes.paragraph))
-    text = " ".join(next((text for text in texts if len(text.split()) > 4), "").split())
-    return re.split(r"(?<=[.?])\s", text)[0].removeprefix("What the paper says ")[:300]
+    text = " ".join(next((text for text in texts if len(text.split()) > 8), "").split())
+    text = re.sub(r"^What the paper says( \([^)]*\))?[.:]? ?", "", text)
+    return text if len(text) <= 200 else f"{text[:200].rsplit(' ', 1)[0]} ..."
 
 
 def finish_pages(app, error):
