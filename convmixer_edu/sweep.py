@@ -29,8 +29,9 @@ from .claims import claim
 from .data import load_images, resolve_source
 from .escape import markdown
 from .ledger import KEPT, adopt, keep, recorded
+from .machine import choose_device
 from .recipe import Config
-from .train import Diverged, TrainingError, train
+from .train import Diverged, Stopped, TrainingError, train
 
 # %% ../nbs/B2_sweep.ipynb #e64e3cdd
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def _obey(orders):
                                                      scale=run["scale"]),
                       parent=os.getppid()))
     except (TrainingError, ValueError, OSError) as error:
-        say(error=str(error))
+        say(error=str(error), signal=getattr(error, "number", None))
 
 
 def _listen(process, lines):
@@ -223,7 +224,8 @@ def _crowd(jobs, orders, tell):
             if told is None:
                 running -= 1
             elif "error" in told:
-                raise TrainingError(told["error"])
+                raise (Stopped(told["error"], told["signal"])
+                       if told["signal"] else TrainingError(told["error"]))
             elif "name" in told:
                 tell(told["name"], told["scale"])
             else:
@@ -253,6 +255,7 @@ def sweep(
     Raises `ValueError` for a folder whose records are not in order, and
     what `train` raises."""
     out, source = Path(out), resolve_source(source)
+    choose_device(device)  # before there is a folder
     for scale in {task.scale for task in tasks}:
         records(scale, out)  # every seal and every recipe
     if jobs == 1:
