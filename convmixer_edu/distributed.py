@@ -10,6 +10,7 @@ import atexit
 import json
 import os
 import shlex
+import time
 
 import torch
 import torch.distributed as dist
@@ -82,6 +83,7 @@ def _leave():
     "Part in order when the process ends"
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(0.5)  # see below: gloo's threads must not outlive Python
 
 # %% ../nbs/06d_scaling.ipynb #aff1481c
 def all_sum(
