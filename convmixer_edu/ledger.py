@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'PRETRAINED', 'CARD', 'pretrained_run', 'results_folder', 'keep', 'adopt', 'model_card', 'check_record',
-           'recorded', 'names', 'shipped', 'cost']
+           'recorded', 'check_result', 'names', 'shipped', 'cost']
 
 # %% ../nbs/07_cifar10.ipynb #92471e7e
 import hashlib
@@ -231,7 +231,7 @@ def recorded(
     lines = (folder / "metrics.jsonl").read_text("utf8").splitlines()
     run = {**run, "name": name, "metrics": [json.loads(x) for x in lines],
            "command": note["command"]}
-    _check_kinds(run, folder / "run.json")
+    check_result(run, folder / "run.json")
     return run
 
 # %% ../nbs/07_cifar10.ipynb #fb59681b
@@ -243,11 +243,15 @@ _KINDS = {  # what a finished run says at least, and of which kind it is
     "classes": [str], "test_confusion": [list]}
 
 
-def _check_kinds(run, file):
+def check_result(
+    run: dict,  # what run.json holds, perhaps more
+    file: Path,  # where it is from
+) -> None:
     "Raises `ValueError` naming the first value that no run writes"
     from convmixer_edu.checkpoint import check_note
     own = {"failed": str} if "failed" in run else _KINDS
-    check_note(run, {"config": dict, "metrics": [dict], **own}, file)
+    check_note({"metrics": [], **run}, {"config": dict, "metrics": [dict],
+                                        **own}, file)
     for name, value in run["config"].items():  # numbers and plain words
         if not re.fullmatch(r"[\w.+-]*", str(value)):
             raise ValueError(f"{file} is damaged (config has {value!r:.60} "
