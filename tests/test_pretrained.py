@@ -1014,7 +1014,7 @@ def test_killed_before_the_first_checkpoint_it_needs_the_weights_again(start, tw
         patch.setattr(module, "_begin", lambda *args: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             train(config, two_photos, "run", device="cpu", first=first)
-    with pytest.raises(ValueError, match="no weights were given: say --finetune convmixer_768_32"):
+    with pytest.raises(ValueError, match="start is 'convmixer_768_32', but no weights were given"):
         train(config, two_photos, "run", resume=True, device="cpu")
     train(config, two_photos, "run", resume=True, device="cpu", first=first)
     assert all(torch.equal(t, weights_of("run")[key]) for key, t in weights_of("quiet").items())
