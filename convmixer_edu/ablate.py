@@ -15,7 +15,7 @@ from pathlib import Path
 from scipy import stats
 
 from .ledger import names, recorded, results_folder
-from .recipe import PRESETS, Config
+from .recipe import FREE, PRESETS, Config
 
 # %% ../nbs/B_ablations.ipynb #7bbbf665
 @dataclass(frozen=True)
@@ -238,9 +238,6 @@ def config(
     return replace(baseline(scale), **changes(arm, scale), seed=seed)
 
 
-_ANY = {"checkpoint_seconds", "workers"}  # decide nothing
-
-
 def records(
     scale: str,  # a key of SCALES
     results: str | Path | None = None,  # None: the book's own runs
@@ -274,7 +271,7 @@ def _check_recipe(where, old, new):
     "A record's recipe must be the one that its name stands for today"
     before = {**asdict(Config()), **old}
     other = [f"{k} ({before.get(k)} there, {v} expected)"
-             for k, v in new.items() if before.get(k) != v and k not in _ANY]
+             for k, v in new.items() if before.get(k) != v and k not in FREE]
     if other:
         raise ValueError(f"{where} was run with another recipe: "
                          f"{', '.join(other)}; run it again")

@@ -347,7 +347,7 @@ def _recipe(out, resume, preset, settings, finetune=None):
         return with_settings(finetune_config(finetune), settings)
     if not resume or preset:
         return with_settings(PRESETS[preset or "quick"], settings)
-    return with_settings(with_settings(Config(), old), settings)
+    return with_settings(Config.from_record(old), settings)
 
 # %% ../nbs/11_command_line.ipynb #11f76d66
 def _clock(seconds):

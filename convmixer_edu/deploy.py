@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .data import _brief, written_aside
+from .data import brief, written_aside
 from .speed import Choice, _wait, choices, frozen, time_step
 
 # %% ../nbs/P4_deploy.ipynb #81a19ec8
@@ -250,7 +250,7 @@ def _into(file, write, check):
             write(draft)
             worst = check(draft)
     except OSError as error:
-        raise ValueError(f"{file} could not be written ({_brief(error)}): "
+        raise ValueError(f"{file} could not be written ({brief(error)}): "
                          "make room or choose another folder") from error
     return {"file": str(file), "bytes": file.stat().st_size,
             "difference": worst}

@@ -2,13 +2,15 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_FLAGS', 'IMAGENET_GPUS', 'TIMM_RUNNER', 'world', 'rank', 'is_main', 'setup', 'all_sum', 'shard', 'own_rows',
-           'any_of', 'from_main', 'SyncedBatchNorm2d', 'synchronise_batchnorm', 'parallel', 'imagenet_flags',
+           'any_of', 'from_main', 'shared', 'SyncedBatchNorm2d', 'synchronise_batchnorm', 'parallel', 'imagenet_flags',
            'imagenet_command']
 
 # %% ../nbs/06d_scaling.ipynb #c3cae6eb
 import atexit
+import json
 import os
 import shlex
+import time
 
 import torch
 import torch.distributed as dist
@@ -81,6 +83,7 @@ def _leave():
     "Part in order when the process ends"
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(0.5)  # see below: gloo's threads must not outlive Python
 
 # %% ../nbs/06d_scaling.ipynb #aff1481c
 def all_sum(
@@ -126,21 +129,52 @@ def any_of(
 
 
 def from_main(
-    make,  # called without arguments, in the main process only
+    make,  # gives what JSON can hold; called in the main process only
 ):
     "What `make()` gives there, told to all; its error is raised in all"
     if world() == 1:
         return make()
-    told = [None, None]
+    told, failed = {}, None
     if is_main():
         try:
-            told[0] = make()
+            told["answer"] = make()
         except Exception as error:
-            told[1] = error
-    dist.broadcast_object_list(told, device=torch.device("cpu"))
-    if told[1] is not None:
-        raise told[1]
-    return told[0]
+            failed = error
+            told["usual"] = isinstance(error, (ValueError, OSError))
+            told["error"] = str(error)
+    told = json.loads(_spread(json.dumps(told).encode()))
+    if failed:
+        raise failed
+    if "error" in told:
+        raise (ValueError if told["usual"] else RuntimeError)(told["error"])
+    return told["answer"]
+
+
+def _spread(data):
+    "The main process's bytes, in all"
+    size = torch.tensor(len(data))
+    dist.broadcast(size, 0)
+    buffer = torch.zeros(int(size), dtype=torch.uint8)
+    if is_main():
+        buffer[:] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    dist.broadcast(buffer, 0)
+    return buffer.numpy().tobytes()
+
+
+def shared(
+    tensors: dict[str, Tensor],  # in the main process; in others anything
+    like: dict[str, Tensor],  # of the same names, shapes and types
+) -> dict[str, Tensor]:  # on the CPU
+    "The main process's tensors, in all"
+    if world() == 1:
+        return tensors
+    found = {}
+    for name, t in sorted(like.items()):
+        found[name] = torch.empty(t.shape, dtype=t.dtype)
+        if is_main():
+            found[name].copy_(tensors[name])
+        dist.broadcast(found[name], 0)
+    return found
 
 # %% ../nbs/06d_scaling.ipynb #2d41e194
 class _AllSum(torch.autograd.Function):

@@ -7,18 +7,17 @@ __all__ = ['Task', 'plan', 'left', 'work', 'decisive', 'sweep', 'paces', 'merge'
 # %% ../nbs/B2_sweep.ipynb #321174aa
 import json
 import os
-import queue
 import shutil
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import metadata
 from pathlib import Path
+
+from joblib import Parallel, cpu_count, delayed, parallel_config
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from .ablate import (ARMS, CONTRASTS, SCALES, Contrast, Estimate,
                                   accuracies, arms, baseline, changes, config,
@@ -120,7 +119,7 @@ def work(
     goes on where it was. Raises what `train` raises."""
     out = Path(out)
     (out/"work").mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + seconds if seconds else None
+    end = None if seconds is None else time.monotonic() + seconds
 
     def watch(event):  # whether train shall save, and stop
         late = end and time.monotonic() > end
@@ -177,66 +176,24 @@ def _pace(scale, source, device, seconds):
     (began, first), (ended, last) = seen[0], seen[-1]
     return (last - first)*c.batch_size/(ended - began)
 
-# %% ../nbs/B2_sweep.ipynb #fb4cbad9
-def _start(orders, threads):
-    "A process of its own, with its share of the cores"
-    words = [sys.executable, "-m", "convmixer_edu.sweep", json.dumps(orders)]
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env)
-
-
-def _obey(orders):
-    "What such a process does: its orders; a line for each record, an error"
-    say = lambda **told: print(json.dumps(told), flush=True)
-    warnings.filterwarnings("ignore", "Using padding='same'")
-    try:
-        if "pace" in orders:
-            return say(pace=_pace(*orders["pace"]))
-        orders["tasks"] = [Task(**task) for task in orders["tasks"]]
-        say(done=work(**orders, tell=lambda run: say(name=run["name"],
-                                                     scale=run["scale"]),
-                      parent=os.getppid()))
-    except (TrainingError, ValueError, OSError) as error:
-        say(error=str(error))
-
-
-def _listen(process, lines):
-    "Put what a process says into a queue, and at its end None"
-    for line in process.stdout:
-        lines.put(json.loads(line))
-    lines.put(None)
-
 # %% ../nbs/B2_sweep.ipynb #15fc1f5b
-def _crowd(jobs, orders, tell):
-    "Give so many processes the same orders; what each of them answers"
-    cores = len(os.sched_getaffinity(0)) if hasattr(
-        os, "sched_getaffinity") else os.cpu_count()
-    lines, answers = queue.Queue(), []
-    crowd = [_start(orders, max(1, cores//jobs)) for _ in range(jobs)]
-    try:
-        for process in crowd:
-            threading.Thread(target=_listen, args=(process, lines),
-                             daemon=True).start()
-        running = jobs
-        while running:
-            told = lines.get()
-            if told is None:
-                running -= 1
-            elif "error" in told:
-                raise TrainingError(told["error"])
-            elif "name" in told:
-                tell(told["name"], told["scale"])
-            else:
-                answers.append(told)
-    finally:
-        for process in crowd:
-            process.terminate()  # it saves where it is
-        for process in crowd:
-            process.wait()
-    if len(answers) < jobs:
-        raise TrainingError("a process of the sweep ended without a word: "
-                            "call again to go on")
-    return answers
+def _in_turn(jobs, calls):
+    "What calls give as they end, in `jobs` processes that share the cores"
+    with parallel_config("loky", n_jobs=jobs, idle_worker_timeout=10,
+                         inner_max_num_threads=max(1, cpu_count()//jobs)):
+        try:
+            yield from Parallel(batch_size=1, pre_dispatch="n_jobs",
+                                return_as="generator_unordered")(calls)
+        except TerminatedWorkerError:
+            raise TrainingError("a process of the sweep ended without a "
+                                "word: call again to go on") from None
+
+
+def _one_of_many(task, out, source, device, end, parent):
+    "A worker's part: one run, in time, and only while its parent lives"
+    warnings.filterwarnings("ignore", "Using padding='same'")
+    seconds = None if end is None else end - time.time()
+    return task, work([task], out, source, device, seconds, parent=parent)
 
 # %% ../nbs/B2_sweep.ipynb #38c673f3
 def sweep(
@@ -258,12 +215,14 @@ def sweep(
     if jobs == 1:
         return work(tasks, out, source, device, seconds, tell)
     for split in ("train", "test"):
-        load_images(source, split)  # fetched once, before the crowd
-    orders = {"tasks": [vars(task) for task in tasks], "out": str(out),
-              "source": source, "device": device, "seconds": seconds}
-    answers = _crowd(jobs, orders, lambda name, scale: tell(
-        recorded(name, out/scale) | {"scale": scale}))
-    return any(answer["done"] for answer in answers)
+        load_images(source, split)  # fetched once, before there are many
+    end = None if seconds is None else time.time() + seconds
+    for task, done in _in_turn(jobs, (
+            delayed(_one_of_many)(task, out, source, device, end, os.getpid())
+            for task in left(tasks, out))):
+        if done:
+            tell(recorded(task.name, out/task.scale) | {"scale": task.scale})
+    return not left(tasks, out)
 
 # %% ../nbs/B2_sweep.ipynb #2986f7c9
 def paces(
@@ -275,12 +234,11 @@ def paces(
     rounds: int = 3,
 ) -> dict[int, list[float]]:  # processes: images/s together, a round each
     "How fast a machine trains a scale's baseline in several processes"
-    orders = {"pace": [scale, resolve_source(source), device, seconds]}
-    found = {count: [] for count in counts}
+    source, found = resolve_source(source), {count: [] for count in counts}
     for _ in range(rounds):
         for count in counts:
-            told = _crowd(count, orders, None)
-            found[count].append(sum(t["pace"] for t in told))
+            found[count].append(sum(_in_turn(count, [
+                delayed(_pace)(scale, source, device, seconds)]*count)))
     return found
 
 # %% ../nbs/B2_sweep.ipynb #6a08f71c
@@ -475,7 +433,3 @@ def runs(
                      f"{paper} | {ours} | {len(ended)} | {took} | "
                      f"{_links(scale, twin, own, results)} |")
     return Markdown("\n".join([*lines, "", _small_print(scale, found)]))
-
-# %% ../nbs/B2_sweep.ipynb #c6841bdf
-if __name__ == "__main__" and "__file__" in globals():  # not in a notebook
-    _obey(json.loads(sys.argv[1]))

@@ -5,11 +5,12 @@ __all__ = ['together', 'curves', 'LivePlot', 'TensorBoard', 'bill', 'Trace']
 
 # %% ../nbs/06e_watching.ipynb #486abf0b
 import math
-import os
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+
+from .machine import profiler
 
 
 def together(
@@ -110,13 +111,6 @@ def bill(
     return seconds * price / 3600, (seconds + seconds_left) * price / 3600
 
 # %% ../nbs/06e_watching.ipynb #93e5d136
-def _profiler():
-    "PyTorch's profiler, its tracing library told to keep its diary to itself"
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    from torch.profiler import profile
-    return profile(acc_events=True)  # else it warns
-
-
 class Trace:
     """Profiles some steps of a run and writes a trace of them
 
@@ -136,7 +130,7 @@ class Trace:
             return
         step = event.get("step", 0)
         if self.profiler is None and step >= self.first:
-            self.profiler, self.begun = _profiler(), step
+            self.profiler, self.begun = profiler(), step
             self.profiler.start()
         elif self.profiler and (step >= self.begun + self.count
                                 or event["event"] == "done"):

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import save
 
-from convmixer_edu import inference, ledger
+from convmixer_edu import inference, ledger, machine
 from convmixer_edu import train as t
 from convmixer_edu.checkpoint import (CheckpointError, _digest, check_run, keyed_generator, latest, read_checkpoint,
                                       run_files, write_checkpoint)
@@ -76,9 +76,10 @@ def edit(file, **parts):
 
 
 def as_before(out):
-    """Rewrite a run in the form of the version that sealed nothing, and had a setting less."""
+    """Rewrite a run in the form of a version that sealed nothing, had a setting less, and one that is gone."""
     settings = json.loads((out / "config.json").read_text())["config"]
-    edit(out / "config.json", version=None, config={k: v for k, v in settings.items() if k != "alternating"})
+    del settings["engine"]
+    edit(out / "config.json", version=None, config={**settings, "alternating": False})
     for file in out.glob("*.safetensors"):
         tensors, meta = read_checkpoint(file)
         text = json.dumps({k: v for k, v in meta.items() if k not in ("recipe", "parts")}, sort_keys=True)
@@ -171,6 +172,7 @@ CONFIG = {  # of config.json: what is changed, and a word of the sentence
     "flip 3": ({"config": {"flip": 3}}, "flip is 3"), "lr": ({"config": {"lr": None}}, "lr is None"),
     "start": ({"config": {"start": 7}}, "start is 7"), "limit": ({"config": {"limit": {}}}, "limit"),
     "size": ({"config": {"image_size": 10**9}}, "image_size"), "unknown": ({"config": {"x": 1}}, "no setting 'x'"),
+    "retired": ({"config": {"alternating": True}}, "alternating is True, which this version cannot do"),
     "config": ({"config": []}, "config"), "classes": ({"classes": "cat"}, "classes"), "numbers": ({"classes": [1]}, "classes"),
     "no classes": ({"classes": []}, "classes"), "channels": ({"channels": "3"}, "channels"),
     "channels many": ({"channels": 10**6}, "do not go together"), "mean": ({"mean": [0.5, 0.5]}, "do not go together"),
@@ -346,21 +348,21 @@ def test_the_commit_is_the_packages_own_or_none(tmp_path, monkeypatch):
     monkeypatch.delenv("CONVMIXER_COMMIT", raising=False)
     site, hook, ran = tmp_path / "site-packages", tmp_path / "hook", tmp_path / "it-ran"
     (site / "convmixer_edu").mkdir(parents=True)
-    monkeypatch.setattr(t, "__file__", str(site / "convmixer_edu/train.py"))
+    monkeypatch.setattr(machine, "__file__", str(site / "convmixer_edu/machine.py"))
     hook.write_text(f"#!/bin/sh\ntouch {ran}\n")
     hook.chmod(0o755)
     for place in (tmp_path, site):  # somebody's repository around it, and one right there
         for words in ("init -q", "-c user.email=a@b -c user.name=n commit -q --allow-empty -m x", f"config core.fsmonitor {hook}"):
             subprocess.run(["git", "-C", place, *words.split()], check=True)
         monkeypatch.setenv("GIT_DIR", str(ROOT / ".git"))  # as a hook of git sets it
-        assert t._commit() is None
+        assert machine.commit() is None
         monkeypatch.delenv("GIT_DIR")
     (site / "settings.ini").write_text("lib_path = convmixer_edu\n")  # the package's own checkout
     own = subprocess.run(["git", "-C", site, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
-    assert own.startswith(t._commit()) and not ran.exists()
+    assert own.startswith(machine.commit()) and not ran.exists()
     (site / ".git/index").write_bytes(b"")  # no repository any more: none around it is asked
     shutil.rmtree(site / ".git/objects")
-    assert t._commit() is None
+    assert machine.commit() is None
 
 
 @pytest.mark.parametrize("set_, reset, words", [

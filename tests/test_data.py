@@ -1,13 +1,17 @@
 """Data: every source, every mode of picture, every error sentence, and a cache that notices damage."""
 
+import functools
+import hashlib
+import http.server
 import io
 import json
 import os
 import shutil
+import socket
 import struct
 import subprocess
 import sys
-import time
+import threading
 import warnings
 
 import numpy as np
@@ -16,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT
-from huggingface_hub import constants
+from huggingface_hub import HfApi, snapshot_download
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -36,14 +40,16 @@ from convmixer_edu.data import (
     stratified_index,
 )
 
+ANSWERS = data._hub_answers
+
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path, monkeypatch):
     """A cache of its own, no data source in the environment, and a Hub that nobody asks."""
     monkeypatch.setenv("CONVMIXER_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("CONVMIXER_DATA", raising=False)
-    monkeypatch.setattr(data, "_hub_reachable", lambda: False)
-    monkeypatch.setattr(data, "_hub_cached", lambda source: False)
+    monkeypatch.setattr(data, "_hub_answers", lambda source: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
 def pixels(n=12, channels=3, side=6, seed=0):
@@ -375,85 +381,120 @@ def test_only_two_columns_are_read_and_never_by_datasets(tmp_path):
         pq.read_table(file)
 
 
-def test_hub(monkeypatch):
-    datasets = pytest.importorskip("datasets", reason="the Hub is read by `datasets`")
-    pictures, asked = pixels(12), []
-    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
-    table = datasets.Dataset.from_dict(
-        {"img": [Image.fromarray(p) for p in pictures], "label": [0, 1] * 6}, features=features)
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub as a dataset of a few files needs: {"files": path: content, "asked": paths, "line": "cut" or None}."""
 
-    def load_dataset(name, split, revision):
-        asked.append((name, split, revision))
-        return table
+    protocol_version, state = "HTTP/1.1", {}
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(data, "_hub_reachable", lambda: True)
+    def log_message(self, *words):
+        pass
+
+    def send(self, code, content, headers=()):
+        self.send_response(code)
+        for name, value in {"Content-Length": len(content), **dict(headers)}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def do_GET(self):
+        files, path = self.state["files"], self.path.partition("?")[0]
+        self.state["asked"].append(path)
+        commit = next((part for part in path.split("/") if len(part) == 40), "1" * 40)
+        name = path.partition(f"/resolve/{commit}/")[2]
+        if self.state.get("line") == "cut" or not files:
+            self.send(503 if files else 404, b"", {} if files else {"X-Error-Code": "RepoNotFound"})
+        elif name:
+            self.send(200, files[name], {"X-Repo-Commit": commit, "ETag": hashlib.sha1(files[name]).hexdigest()})
+        elif "/tree/" in path:
+            self.send(200, json.dumps([{"type": "file", "path": p, "size": len(c), "oid": hashlib.sha1(c).hexdigest()} for p, c in files.items()]).encode())
+        else:
+            self.send(200, json.dumps({"id": "x/y", "sha": commit, "siblings": [{"rfilename": p} for p in files]}).encode())
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """huggingface_hub itself, with a server on this machine that has CIFAR-10's layout; returns its state."""
+    for seed, split in enumerate(("train", "test")):
+        parquet(tmp_path / "served", f"plain_text/{split}-00000-of-00001.parquet", seed=seed)
+    files = {p.relative_to(tmp_path / "served").as_posix(): p.read_bytes() for p in (tmp_path / "served").rglob("*.parquet")}
+    state = {"files": files, "asked": []}
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Hub,), {"state": state}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(data, "_hub_answers", ANSWERS.__wrapped__)
+    monkeypatch.setattr(data, "HfApi", functools.partial(HfApi, endpoint=endpoint))
+    monkeypatch.setattr(data, "snapshot_download", functools.partial(snapshot_download, endpoint=endpoint, cache_dir=tmp_path / "hub"))
+    yield state
+    server.shutdown()
+
+
+def test_hub_pinned_split_by_split_and_only_once(hub, tmp_path):
     s = load_images()
-    assert torch.equal(s.images, to_chw(pictures)) and asked == [(DEFAULT_SOURCE, "train", "0b2714987fa478483af9968de7c934580d0bb9a2")]
-    monkeypatch.setattr(data, "_hub_reachable", lambda: False)
-    assert load_images().fingerprint == s.fingerprint and len(asked) == 1  # the cache needs no network
+    assert torch.equal(s.images, to_chw(pixels(12, seed=0))) and s.classes == ("a", "b", "c")
+    commit = "0b2714987fa478483af9968de7c934580d0bb9a2"
+    assert all(commit in path for path in hub["asked"]) and not any("test-" in path for path in hub["asked"])
+    hub["line"] = "cut"
+    assert load_images().fingerprint == s.fingerprint  # our own cache needs no network
+    assert len(load_images(limit=6)) == 6
+    for file in cache_files(tmp_path):
+        file.unlink()
+    assert load_images().fingerprint == s.fingerprint  # nor does the Hub's
+    (tmp_path / f"hub/datasets--uoft-cs--cifar10/snapshots/{commit}").rename(tmp_path / "other")
+    (tmp_path / "other").rename(tmp_path / f"hub/datasets--uoft-cs--cifar10/snapshots/{'2' * 40}")
+    with pytest.raises(FileNotFoundError, match="cannot be reached"):  # another revision is not taken for it
+        load_images(size=5)
 
 
-def test_another_revision_from_the_hubs_cache_is_refused(monkeypatch, tmp_path):
-    """Where the line breaks, `datasets` falls back on whatever it has."""
-    datasets = pytest.importorskip("datasets", reason="the Hub is read by `datasets`")
-    datasets.Dataset.from_dict({"img": [b"x"], "label": [0]}).save_to_disk(tmp_path / "other")
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.load_from_disk(tmp_path / "other"))
-    monkeypatch.setattr(data, "_hub_reachable", lambda: True)
-    with pytest.raises(ValueError, match="only another revision is here"):
-        load_images()
-
-
-def test_hub_errors(monkeypatch):
-    datasets = pytest.importorskip("datasets", reason="the Hub is read by `datasets`")
-    with pytest.raises(FileNotFoundError, match="cannot be reached: set CONVMIXER_DATA to a folder"):
+@pytest.mark.parametrize("files", [["data/train-00000-of-00002.parquet"], ["fine/train.parquet", "coarse/train.parquet"]])
+def test_a_dataset_on_the_hub_of_which_a_part_is_here_is_not_taken_for_whole(hub, files):
+    content = hub["files"]["plain_text/train-00000-of-00001.parquet"]
+    hub["files"] = dict.fromkeys(files, content)
+    with pytest.raises(ValueError, match=f"has {len(files)} files here, expected all files of one table"):
         load_images("someone/something")
-    monkeypatch.setattr(data, "_hub_reachable", lambda: True)
 
-    def fail(error):
-        def load_dataset(*_, **__):
-            raise error
-        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
 
-    fail(datasets.exceptions.DatasetNotFoundError("gone"))
-    with pytest.raises(FileNotFoundError, match="neither a folder here nor a dataset"):
-        load_images("someone/something")
-    fail(ValueError('Unknown split "x".\nShould be one of'))
-    with pytest.raises(ValueError, match="cannot be loaded from the Hugging Face Hub: Unknown split") as caught:
+def test_hub_errors(hub, capfd):
+    with pytest.raises(ValueError, match="has no split 'x', expected one of: none"):
         load_images("someone/something", "x")
-    assert "\n" not in str(caught.value)
+    hub["line"] = "cut"
+    with pytest.raises(FileNotFoundError, match="cannot be reached: set CONVMIXER_DATA to a folder"):
+        load_images("someone/else")
+    hub["files"].clear()
+    with pytest.raises(FileNotFoundError, match="neither a folder here nor a dataset"):
+        load_images("someone/nothing")
 
 
-def test_book_source(monkeypatch, capsys, tmp_path):
-    assert book_source() == "digits" and "out of reach" in capsys.readouterr().out
-    monkeypatch.setattr(data, "_hub_reachable", lambda: True)
+def test_book_source(hub, monkeypatch, capsys, tmp_path):
     assert book_source() == DEFAULT_SOURCE and not capsys.readouterr().out
+    hub["line"] = "cut"
+    assert book_source() == "digits" and "out of reach" in capsys.readouterr().out
+    hub["line"] = None
+    load_images(limit=3), load_images(split="test", limit=3)
+    hub["line"] = "cut"
+    assert book_source() == DEFAULT_SOURCE and not capsys.readouterr().out  # kept here
     monkeypatch.setenv("CONVMIXER_DATA", "digits")
     assert book_source() == "digits" and "CONVMIXER_DATA says so" in capsys.readouterr().out
     monkeypatch.setenv("CONVMIXER_DATA", str(tmp_path))
     assert book_source() == str(tmp_path) and not capsys.readouterr().out
 
 
-def test_without_the_package_datasets_the_hub_is_out_of_reach(monkeypatch, capsys):
-    monkeypatch.undo()
-    monkeypatch.setattr(data, "_hub_reachable", lambda: True)
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match="needs the package datasets: install it, or set CONVMIXER_DATA"):
-        load_images("someone/something")
-    monkeypatch.delenv("CONVMIXER_DATA", raising=False)
-    monkeypatch.setenv("CONVMIXER_CACHE", "no/such/folder")
-    assert book_source() == "digits" and "out of reach" in capsys.readouterr().out
-
-
-def test_an_unreachable_hub_is_noticed_quickly(monkeypatch):
-    monkeypatch.undo()
-    reachable = data._hub_reachable.__wrapped__
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert reachable() is False
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_, **__: time.sleep(30))  # a name that hangs
-    start = time.monotonic()
-    assert reachable(0.2) is False and time.monotonic() - start < 25
+def test_a_hub_that_never_answers_is_not_waited_for(monkeypatch, capsys):
+    """The line is taken, and then nothing; where the network is switched off, nobody is called at all."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.setenv(name, "127.0.0.1")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(data, "_hub_answers", ANSWERS.__wrapped__)
+        monkeypatch.setattr(data, "HfApi", functools.partial(HfApi, endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}"))
+        assert book_source() == "digits" and "out of reach" in capsys.readouterr().out
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert book_source() == "digits"
 
 
 # ---------------------------------------------------------------- limit and size

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from convmixer_edu.inference import choose_device
+from convmixer_edu.machine import choose_device
 
 
 @pytest.mark.parametrize("cuda, mps, chosen", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])

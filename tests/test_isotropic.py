@@ -40,14 +40,18 @@ def ours(kind, h, d, p, side, n, c, ratio, heads=3):
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("ratio", [2, 4])
 def test_each_equals_timms(kind, sizes, ratio):
-    torch.manual_seed(0)
-    mine, other = ours(kind, *sizes, ratio).eval(), timms(kind, *sizes, ratio).eval()
-    for weight in other.parameters():  # a layer at its first value, such as 1e-4, would hide an error
-        nn.init.normal_(weight, std=0.2)
-    x = torch.randn(3, sizes[5], sizes[3], sizes[3])
+    for seed in range(20):  # up to a network whose answers differ, whatever this version of torch draws
+        torch.manual_seed(seed)
+        mine, other = ours(kind, *sizes, ratio).eval(), timms(kind, *sizes, ratio).eval()
+        for weight in other.parameters():  # a layer at its first value, such as 1e-4, would hide an error
+            nn.init.normal_(weight, std=0.2)
+        x = torch.randn(3, sizes[5], sizes[3], sizes[3])
+        with torch.no_grad():
+            expected = other(x)
+        if expected.std() > 0.05:
+            break
     assert sum(w.numel() for w in mine.parameters()) == sum(w.numel() for w in other.parameters())
     with torch.no_grad():
-        expected = other(x)
         assert expected.std() > 0.05 and (mine(x) - expected).abs().max() > 1e-2
         assert (copy_from_timm(mine, other)(x) - expected).abs().max() <= 1e-5
 

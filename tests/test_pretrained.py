@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import fnmatch
 import functools
 import hashlib
 import http.server
@@ -32,7 +33,7 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.models.convmixer import ConvMixer as Timms
 from torch import nn
 
-from convmixer_edu import cli, pretrained
+from convmixer_edu import cli, data, pretrained
 from convmixer_edu.checkpoint import CheckpointError, read_checkpoint
 from convmixer_edu.data import read_image
 from convmixer_edu.inference import load_run, predict
@@ -328,7 +329,7 @@ def bad_file(kind, monkeypatch):
         save_file(good, file) if safe else torch.save(good, file)
         data = file.read_bytes()
         file.write_bytes(b"" if "empty" in kind else b"not weights" if kind == "text" else data[:len(data) // 2])
-        return file, "damaged or no safetensors" if safe else "cannot be read as weights"
+        return file, "is no safetensors file" if safe else "cannot be read as weights"
     held, words = {
         "list": ([1, 2], "holds no weights"),
         "words": ({"a": "b"}, "holds no weights"),
@@ -345,7 +346,7 @@ def bad_file(kind, monkeypatch):
         "patch": (tiny(num_classes=1000, patch_size=7).state_dict(), "patch_size is 7, but"),
         "depth": (tiny(num_classes=1000, depth=3).state_dict(), "depth is 3, but"),
         "dim": (tiny(num_classes=1000, dim=9).state_dict(), "dim is 9, but"),
-        "classes": (tiny(num_classes=10).state_dict(), r"has the shape \(10, 8\), expected \(1000, 8\)"),
+        "classes": (tiny(num_classes=10).state_dict(), r"7.bias has the shape \(10,\), expected \(1000,\)"),
         "other name": ({"state_dict": good, "arch": "convmixer_1536_20"}, "dim is 8, but convmixer_1536_20 has 1536"),
         "gelu name": ({"state_dict": good, "arch": "convmixer_edu_768_32"}, "activation is relu, but convmixer_edu_768_32 has gelu"),
     }[kind]
@@ -406,7 +407,7 @@ class Hub:
     def pointer(self):
         return self.root / "snapshots" / "main" / "model.safetensors"
 
-    def __call__(self, repo_id, filename, revision=None, local_files_only=False, force_download=False):
+    def __call__(self, repo_id, filename, revision=None, local_files_only=False, force_download=False, etag_timeout=None):
         self.asked.append((repo_id, filename, revision, force_download))
         if self.pointer.exists() and not force_download:
             return str(self.pointer)
@@ -432,7 +433,6 @@ def hub(monkeypatch, tmp_path):
     server = Hub(tmp_path / "hub", [(tmp_path / "sent").read_bytes()])
     server.model = model
     monkeypatch.setattr(pretrained, "hf_hub_download", server)
-    monkeypatch.setattr(pretrained, "_hub_reachable", lambda: server.online)
     return server
 
 
@@ -455,7 +455,6 @@ def test_offline_is_one_sentence(hub):
 
 def test_a_connection_that_breaks_is_one_sentence(hub, monkeypatch):
     hub.online = False
-    monkeypatch.setattr(pretrained, "_hub_reachable", lambda: True)
     with pytest.raises(CheckpointError, match=r"\(connection refused\)") as told:
         load_pretrained("convmixer_768_32")
     assert "many more" not in str(told.value)
@@ -572,7 +571,6 @@ def real_hub(monkeypatch, tmp_path):
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "127.0.0.1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(pretrained, "_hub_reachable", lambda: True)
     monkeypatch.setattr(pretrained, "hf_hub_download", functools.partial(
         huggingface_hub.hf_hub_download, endpoint=f"http://127.0.0.1:{server.server_port}", cache_dir=tmp_path / "hub"))
     yield handler, model, tmp_path / "hub"
@@ -792,19 +790,21 @@ def test_rows_are_judged_like_files(photographs, weights, monkeypatch, tmp_path,
                 evaluate_pretrained("convmixer_1024_20", photographs, **ask))
 
 
-def test_a_dataset_on_the_hub_is_streamed(photographs, weights, monkeypatch, tmp_path):
-    datasets = pytest.importorskip("datasets", reason="the Hub is read by `datasets`")
-    table = parquet(photographs, tmp_path / "table")
-    load = datasets.load_dataset
+def test_a_dataset_on_the_hub_is_a_folder_that_was_fetched(photographs, weights, monkeypatch, tmp_path):
+    """Of its files only those of the split."""
+    table, asked = parquet(photographs, tmp_path / "table"), []
 
-    def hub(name, split, streaming, revision):
-        assert (name, split, streaming, revision) == ("owner/imagenet", "validation", True, None)
-        return load("parquet", data_files={split: sorted(map(str, table.iterdir()))}, split=split, streaming=True)
+    def fetch(source, **options):
+        asked.append(source)
+        assert any(fnmatch.fnmatch("data/validation-00000-of-00002.parquet", p) for p in options["allow_patterns"])
+        assert not any(fnmatch.fnmatch("data/train-00000-of-00002.parquet", p) for p in options["allow_patterns"])
+        return table
 
-    monkeypatch.setattr(datasets, "load_dataset", hub)
-    monkeypatch.setattr(pretrained, "_hub_reachable", lambda: True)
+    monkeypatch.setattr(data, "snapshot_download", fetch)
+    monkeypatch.setattr(data, "_hub_answers", lambda source: True)
     told = evaluate_pretrained("convmixer_1024_20", "owner/imagenet", file=weights, batch_size=4)
     assert same(told, evaluate_pretrained("convmixer_1024_20", photographs, file=weights, batch_size=4))
+    assert asked == ["owner/imagenet"]
 
 
 def test_classes_find_their_outputs():
@@ -834,7 +834,7 @@ def data_of_no_use(kind, photographs, tmp_path):
     shutil.copytree(photographs, place)
     if kind == "no split":
         (place / "val").rename(place / "train")
-        return place, "has no validation"
+        return place, "has no split 'validation'"
     if kind == "text":
         (place / "val" / SYNSETS[0] / "notes.txt").write_text("no picture")
         return place, "notes.txt is not an image"
@@ -846,7 +846,7 @@ def data_of_no_use(kind, photographs, tmp_path):
 @pytest.mark.parametrize("kind", ["no folder", "digits", "hub", "empty", "no rows", "names", "column", "no split", "text", "broken"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_data_of_no_use_are_one_sentence(kind, workers, photographs, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrained, "_hub_reachable", lambda: False)
+    monkeypatch.setattr(data, "_hub_answers", lambda source: False)
     source, words = data_of_no_use(kind, photographs, tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=words) as told:
         evaluate_pretrained("convmixer_1024_20", source, file=weights, workers=workers)
@@ -902,7 +902,7 @@ def test_wrong_words_are_one_line(line, words, monkeypatch):
         raise FileNotFoundError("not in the cache")
 
     monkeypatch.setattr(pretrained, "hf_hub_download", absent)
-    monkeypatch.setattr(pretrained, "_hub_reachable", lambda: False)
+    monkeypatch.setattr(data, "_hub_answers", lambda source: False)
     _, err = convmixer(*line.split(), code=2)
     assert all(word in err for word in words), err
     assert not Path("run").exists()
@@ -1014,7 +1014,7 @@ def test_killed_before_the_first_checkpoint_it_needs_the_weights_again(start, tw
         patch.setattr(module, "_begin", lambda *args: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             train(config, two_photos, "run", device="cpu", first=first)
-    with pytest.raises(ValueError, match="no weights were given: say --finetune convmixer_768_32"):
+    with pytest.raises(ValueError, match="start is 'convmixer_768_32', but no weights were given"):
         train(config, two_photos, "run", resume=True, device="cpu")
     train(config, two_photos, "run", resume=True, device="cpu", first=first)
     assert all(torch.equal(t, weights_of("run")[key]) for key, t in weights_of("quiet").items())
@@ -1083,7 +1083,7 @@ def test_averaged_weights_are_taken_and_it_is_said(tmp_path, capsys, name):
 def test_sixteen_bits_look_to_the_evaluation_as_they_do_to_predict(tmp_path):
     ramp = np.tile(np.arange(64, dtype=np.uint16) * 1000, (64, 1))
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
-    theirs = np.asarray(pretrained._open(tmp_path / "ramp.png", "x")).transpose(2, 0, 1)
+    theirs = np.asarray(data.open_image(tmp_path / "ramp.png", "x", upright=False)).transpose(2, 0, 1)
     assert np.array_equal(theirs, read_image(tmp_path / "ramp.png").numpy()) and theirs.max() < 250
 
 
@@ -1091,4 +1091,4 @@ def test_sixteen_bits_look_to_the_evaluation_as_they_do_to_predict(tmp_path):
 def test_the_folder_of_the_validation_images_has_any_usual_name(tmp_path, name):
     (tmp_path / name / "n01440764").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / name / "n01440764" / "0.png")
-    assert pretrained._find_source(tmp_path, "validation").count == 1
+    assert len(data.list_files(str(tmp_path), "validation", alone=True)["n01440764"]) == 1

@@ -99,8 +99,10 @@ def asked(tell):
     d.setup("cpu")
     me = d.rank()
     tell([me, d.world(), d.is_main(), d.any_of(me == 1), d.any_of(False), int(d.all_sum(torch.tensor(me + 1)))])
-    told = d.from_main(lambda: {"from": me, "tensor": torch.arange(3)})
-    tell([told["from"], told["tensor"].tolist()])
+    told = d.from_main(lambda: {"from": me, "say": "\u00fc" * 1000})
+    mine = {"a": torch.arange(3) + me, "b": torch.tensor(0.5)} if me == 0 else {}
+    got = d.shared(mine, {"a": torch.zeros(3, dtype=torch.int64), "b": torch.zeros(())})
+    tell([told["from"], len(told["say"]), got["a"].tolist(), float(got["b"])])
 
     def fails():
         raise ValueError(f"process {me} found nothing")
@@ -114,7 +116,7 @@ def asked(tell):
 def test_what_one_knows_all_know():
     for me, told in enumerate(ends(together(3, asked))):
         assert told[0] == [me, 3, me == 0, True, False, 6]
-        assert told[1] == [0, [0, 1, 2]]
+        assert told[1] == [0, 1000, [0, 1, 2], 0.5]
         assert told[2] == "process 0 found nothing"
 
 
@@ -392,10 +394,10 @@ def test_errors_reach_all_and_a_batch_must_be_shared_equally(alone, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_torchrun_trains_by_the_module(tmp_path):
+def test_torchrun_trains_by_the_command(tmp_path):
     settings = [f"--set={k}={v}" for k, v in vars(replace(TINY, epochs=1)).items() if v != getattr(Config(), k)]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-               "convmixer_edu.train", "--preset=digits", f"--out={tmp_path}/run", "--device=cpu", "--json", *settings,
+               "convmixer_edu", "train", "--preset=digits", f"--out={tmp_path}/run", "--device=cpu", "--json", *settings,
                "--set=weight_decay=2e-5", "--set=init=uniform", "--set=flip=true", "--set=crop_scale=1"]
     done = subprocess.run(command, text=True, capture_output=True, timeout=HOUR, cwd=tmp_path,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "CONVMIXER_DATA": "digits"})

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from convmixer_edu import speed
+from convmixer_edu import machine, speed
 from convmixer_edu.model import ConvMixer
 from convmixer_edu.speed import Choice, Workload
 
@@ -36,10 +36,10 @@ def cache(tmp_path, monkeypatch):
     ("H100", (9, 0), torch.bfloat16)])
 def test_a_gpu_gets_a_type_it_really_has(name, capability, first):
     with gpu_of(*capability):
-        assert speed.choose_precision(GPU) == first
-        assert (torch.bfloat16 in speed.real_dtypes(GPU)) == (capability >= (8, 0))
-        assert {torch.float16, torch.float32} < set(speed.real_dtypes(GPU)) or first == torch.float16
-        assert speed.choose_precision(GPU, "float32") == torch.float32
+        assert machine.choose_precision(GPU) == first
+        assert (torch.bfloat16 in machine.real_dtypes(GPU)) == (capability >= (8, 0))
+        assert {torch.float16, torch.float32} < set(machine.real_dtypes(GPU)) or first == torch.float16
+        assert machine.choose_precision(GPU, "float32") == torch.float32
 
 
 @pytest.mark.parametrize("avx512_bf16", [False, True])
@@ -48,27 +48,27 @@ def test_a_cpu_gets_bfloat16_with_the_instructions_only(avx512_bf16, amx):
     with patch("torch.cpu._is_avx512_bf16_supported", return_value=avx512_bf16), \
             patch("torch.cpu._is_amx_tile_supported", return_value=amx):
         expected = (torch.bfloat16, torch.float32) if avx512_bf16 or amx else (torch.float32,)
-        assert speed.real_dtypes(CPU) == expected
+        assert machine.real_dtypes(CPU) == expected
 
 
 def test_an_unknown_device_and_an_old_torch_get_float32():
-    assert speed.real_dtypes(torch.device("mps")) == (torch.float32,)
+    assert machine.real_dtypes(torch.device("mps")) == (torch.float32,)
     with ExitStack() as stack:
         for flag in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
             if hasattr(torch.cpu, flag):
                 stack.enter_context(patch.object(torch.cpu, flag))
                 delattr(torch.cpu, flag)
-        assert speed.real_dtypes(CPU) == (torch.float32,)
+        assert machine.real_dtypes(CPU) == (torch.float32,)
 
 
 def test_memory_is_kept_where_the_library_understands():
     calls = []
     library = SimpleNamespace(mallopt=lambda *pair: calls.append(pair) or 1)
     with patch("ctypes.CDLL", return_value=library):
-        assert speed.keep_freed_memory() is True
+        assert machine.keep_freed_memory() is True
     assert {name for name, _ in calls} == {-1, -3}
     with patch("ctypes.CDLL", return_value=SimpleNamespace()):
-        assert speed.keep_freed_memory() is False
+        assert machine.keep_freed_memory() is False
 
 
 @pytest.mark.parametrize("k, p", [(3, 1), (5, 2)])

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +33,11 @@ from torchvision import transforms
 from convmixer_edu import speed
 from convmixer_edu.augment import rand_augment
 from convmixer_edu.data import load_images
-from convmixer_edu.inference import choose_device
 from convmixer_edu.inference import statistics as image_statistics
+from convmixer_edu.machine import choose_device, choose_precision, device_name, make_scaler
 from convmixer_edu.model import ConvMixer
 from convmixer_edu.recipe import PRESETS, with_settings
-from convmixer_edu.train import Run, _choose, _one, build_model, epoch_order
+from convmixer_edu.train import Run, _choose, build_model, epoch_order, make_facts
 
 ROUNDS = 5
 PLAIN = speed.Choice()  # NCHW, eager, float32
@@ -123,17 +123,15 @@ def synchronised(function, device):
 
 def stepper(data, device, c, choice=None):
     """The trainer's own step, images as bytes to updated weights: a function of (indices, epoch, step)."""
-    method = "library"
-    if choice is None:
-        choice, method = _choose(c, data, device)
-    run = Run(c, Path(), data, None, device, choice, method)
+    how = _choose(c, data, device) if choice is None else {"choice": asdict(choice), "depthwise": "library"}
+    run = Run(c, data, device, {**make_facts(c, "", data), **how})
     run.whole.train()
 
     def step(index, epoch=0, number=0):
         given, = run.given(epoch, [(number, index)])
-        return _one(run, given, 0.4)
-    step.setting = f"{choice}, weight gradient: {method}"
-    step.choice, step.run = choice, run
+        return run.update(given, 0.4)
+    step.setting = f"{run.choice}, weight gradient: {how['depthwise']}"
+    step.choice, step.run = run.choice, run
     return step
 
 
@@ -161,7 +159,7 @@ def training_step(data, device, batch, **sizes):
 def users_step(c, device, channels_last=True, dtype=None, compiled=None):
     """What a skilled user writes in five lines: layout, autocast, fused AdamW; a function without arguments."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    dtype = dtype or speed.choose_precision(device)
+    dtype = dtype or choose_precision(device)
     model = ConvMixer(c.dim, c.depth, c.kernel_size, c.patch_size, 10).to(device, memory_format=layout)
     if compiled:
         model = torch.compile(model, mode=compiled)
@@ -275,8 +273,8 @@ def authors_epoch(device, c, count, workers=2):
                         persistent_workers=True, pin_memory=device.type == "cuda")
     model = ConvMixer(c.dim, c.depth, c.kernel_size, c.patch_size, len(data.classes)).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), c.lr, weight_decay=c.weight_decay)
-    dtype = speed.choose_precision(device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    dtype = choose_precision(device)
+    scaler = make_scaler(device, dtype)
 
     def epoch():
         for x, y in loader:
@@ -335,17 +333,15 @@ def whole_pipeline(data, device, batch, count):
 
 OURS = """
 import sys
+from torch import arange
 from convmixer_edu import train as t
 from convmixer_edu.data import load_images
-from torch.amp import GradScaler
-device, c = t.choose_device(sys.argv[1]), t.with_settings(t.PRESETS["light25"], {"batch_size": 64})
-data, dtype = load_images("digits", "train", 64, 32), t.choose_precision(device)
-choice, method = t._choose(c, data, device)
-model, stats = t.build_model(c, data, device, method, choice).train(), t.statistics(data.images)
-engine = t.make_engine("batched", data, t.augmentation(c), stats.mean, stats.std, c.seed, device)
-x, y = next(engine.batches(0, [(0, t.torch.arange(64))]))
-scaler = GradScaler(device.type, enabled=dtype == t.torch.float16)
-print(float(t.train_step(model, t.make_optimizer(model, c), scaler, x, y, c, dtype)))
+from convmixer_edu.recipe import PRESETS, with_settings
+device, c = t.choose_device(sys.argv[1]), with_settings(PRESETS["light25"], {"batch_size": 64})
+data = load_images("digits", "train", 64, 32)
+run = t.Run(c, data, device, {**t.make_facts(c, "digits", data), **t._choose(c, data, device)})
+given, = run.given(0, [(0, arange(64))])
+print(float(run.update(given, 0.4)))
 """
 SCRIPT = """
 import sys, torch, torchvision
@@ -411,7 +407,7 @@ def rows(data, device, seconds):
 
 def table(found, device):
     """What was found, for a terminal."""
-    shown = Table(title=f"on {speed.device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    shown = Table(title=f"on {device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for column in ("name", "ours", "baseline", "unit", "ratio", "spread", "kept", "of the floor", "setting"):
         shown.add_column(column, justify="left" if column in ("name", "unit", "setting") else "right")
     for row in found:

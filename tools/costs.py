@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from convmixer_edu.train import _machine
+from convmixer_edu.checkpoint import write_json
+from convmixer_edu.machine import who_ran
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = "import sys; from execnb.shell import CaptureShell; CaptureShell().execute(sys.argv[1], exc_stop=True)"
@@ -26,7 +27,7 @@ def measure(notebook):
 
 
 def main():
-    machine, file = _machine(torch.device("cpu"), torch.float32), ROOT / "results" / "chapters.json"
+    machine, file = who_ran(torch.device("cpu")), ROOT / "results" / "chapters.json"
     costs = json.loads(file.read_text()) if sys.argv[1:] else {}
     for notebook in sorted((ROOT / "nbs").glob("*.ipynb")):
         if sys.argv[1:] and notebook.stem not in sys.argv[1:]:
@@ -35,7 +36,7 @@ def main():
         costs[notebook.stem] = {"seconds": round(seconds, 1), "peak_memory_mb": round(peak),
                                 **{key: machine[key] for key in ("device", "threads", "torch")}}
         print(f"{notebook.stem:20s} {seconds:6.1f} s {peak:7.0f} MiB", flush=True)
-        file.write_text(json.dumps(dict(sorted(costs.items())), indent=1) + "\n")
+        write_json(file, dict(sorted(costs.items())))
 
 
 if __name__ == "__main__":

@@ -34,18 +34,17 @@ SEEDS = 3
 
 def write(file, record):
     """JSON that is whole or not there."""
-    from convmixer_edu.checkpoint import write_atomically
+    from convmixer_edu.checkpoint import write_json
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
+    write_json(file, record)
 
 
 def here(device):
     """On what something was measured."""
     import torch
 
-    from convmixer_edu.speed import device_name
-    from convmixer_edu.train import _commit
-    return {"device": device_name(device), "torch": torch.__version__, "commit": _commit(), "cores": os.cpu_count()}
+    from convmixer_edu.machine import commit, device_name
+    return {"device": device_name(device), "torch": torch.__version__, "commit": commit(), "cores": os.cpu_count()}
 
 
 def light25(options):
@@ -157,7 +156,7 @@ def in_the_book(part, device):
     import torch
 
     from convmixer_edu.ledger import results_folder
-    from convmixer_edu.speed import device_name
+    from convmixer_edu.machine import device_name
     file = results_folder() / "gpu" / f"{part}.json"
     old = json.loads(file.read_text()) if file.exists() else {}
     return (old.get("device"), old.get("torch")) == (device_name(device), torch.__version__)
@@ -270,8 +269,7 @@ def one_part(options):
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     import torch
 
-    from convmixer_edu.inference import choose_device
-    from convmixer_edu.speed import keep_freed_memory
+    from convmixer_edu.machine import choose_device, keep_freed_memory
     device, out = choose_device("cpu" if options.small else options.device), options.out / options.part
     out.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()

@@ -22,7 +22,7 @@ from convmixer_edu.augment import normalize
 from convmixer_edu.inference import load_run
 from convmixer_edu.ledger import pretrained_run
 from convmixer_edu.live import sample_pictures
-from convmixer_edu.speed import device_name
+from convmixer_edu.machine import device_name
 
 ROOT = Path(__file__).resolve().parent.parent
 ASK = """(async () => {

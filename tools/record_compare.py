@@ -19,15 +19,15 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from convmixer_edu.checkpoint import write_atomically
+from convmixer_edu.checkpoint import write_json
 from convmixer_edu.compare import images_per_second
 from convmixer_edu.deploy import clock, distance, enough, export_onnx, fold_norms, in_turn, onnx_runner, optimize_for_inference
-from convmixer_edu.inference import choose_device, load_run
+from convmixer_edu.inference import load_run
 from convmixer_edu.ledger import pretrained_run
+from convmixer_edu.machine import choose_device, keep_freed_memory, who_ran
 from convmixer_edu.model import PAPER_MODELS, ConvMixer
 from convmixer_edu.pretrained import from_timm
-from convmixer_edu.speed import Choice, frozen, keep_freed_memory
-from convmixer_edu.train import _machine
+from convmixer_edu.speed import Choice, frozen
 
 
 RACE = ("convmixer_1536_20", "convmixer_768_32", "convmixer_1024_20_ks9_p14",
@@ -83,7 +83,7 @@ def _fresh(network, device, side=224):
 
 def _open_record(file, device, batch_size):
     "The record in the file, if it is of this machine, else a new one"
-    begun = {**_machine(device, torch.float32), "batch_size": batch_size}
+    begun = {**who_ran(device), "batch_size": batch_size}
     begun.pop("commit"), begun.pop("precision")
     if file.exists():
         try:
@@ -96,7 +96,7 @@ def _open_record(file, device, batch_size):
             raise ValueError(f"{file} was made with another "
                              f"{', '.join(other)}: choose another file")
         return record
-    return {**begun, "commit": _machine(device, torch.float32)["commit"],
+    return {**begun, "commit": who_ran(device)["commit"],
             "race": {}, "parts": {}}
 
 
@@ -243,7 +243,7 @@ def measure(
     left = lambda: seconds - (time.monotonic() - started)
 
     def save():
-        write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
+        write_json(file, record)
 
     def do(part, measured):
         if part in parts and part not in record["parts"] and left() > 0:

@@ -18,16 +18,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from convmixer_edu.augment import Augment
-from convmixer_edu.checkpoint import write_atomically
+from convmixer_edu.checkpoint import write_json
 from convmixer_edu.data import load_images, split_holdout
 from convmixer_edu.depthwise import choose_method, fast_depthwise
 from convmixer_edu.engines import make_engine
-from convmixer_edu.inference import choose_device, score, statistics
+from convmixer_edu.inference import score, statistics
 from convmixer_edu.isotropic import MLPMixer, ResMLP, ViT
+from convmixer_edu.machine import choose_device, choose_precision, keep_freed_memory, make_scaler, train_step, who_ran
 from convmixer_edu.model import ConvMixer
 from convmixer_edu.recipe import PRESETS, learning_rate, make_optimizer
-from convmixer_edu.speed import choose_precision, keep_freed_memory
-from convmixer_edu.train import _machine, picks, steps_per_epoch, train_step
+from convmixer_edu.train import picks, steps_per_epoch
 
 SCALES = {  # seconds a run, seconds a trial of a rate, and the arms: images of 32 pixels
     "quick": (60.0, 20.0, {
@@ -82,20 +82,20 @@ def fit(build, data, test, lr, seed, seconds, device, shuffle=False, eps=PRESETS
         patch = next(layer.stride[0] for layer in model.modules() if isinstance(layer, nn.Conv2d))
         model = nn.Sequential(Shuffle(patch, data.images.shape[-1]), model)
     model.to(device)
-    optimizer, scaler = make_optimizer(model, c), torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    optimizer, scaler = make_optimizer(model, c), make_scaler(device, dtype)
     engine = make_engine("batched", data, Augment(), stats.mean, stats.std, seed, device)
     steps, done, spent, history, sums = steps_per_epoch(len(data), c.batch_size), 0, 0.0, [], []
     batch = next(batches(engine, c, 0, 0))
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     for _ in range(3):  # the first steps allocate: not part of the race
-        train_step(model, optimizer, scaler, *batch, c, dtype)
+        train_step(model, optimizer, scaler, *batch, c.clip, dtype)
     model.load_state_dict(before)
     optimizer, started = make_optimizer(model, c), time.monotonic()
     while spent < seconds:
         for x, y in batches(engine, c, done // steps, done % steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(min(1.0, spent / seconds), lr)
-            sums.append(train_step(model, optimizer, scaler, x, y, c, dtype))
+            sums.append(train_step(model, optimizer, scaler, x, y, c.clip, dtype))
             done, spent = done + 1, time.monotonic() - started
             if spent > seconds * (len(history) + 1) / 10:
                 history.append({"seconds": round(spent, 2), "loss": float(torch.stack(sums).mean())})
@@ -106,7 +106,7 @@ def fit(build, data, test, lr, seed, seconds, device, shuffle=False, eps=PRESETS
     return {"lr": lr, "eps": eps, "shuffled": shuffle, "seed": seed, "seconds": round(spent, 2),
             "steps": done, "epochs": round(done / steps, 3),
             "parameters": sum(weight.numel() for weight in model.parameters()), "history": history,
-            "accuracy": seen["accuracy"], "loss": seen["loss"], **_machine(device, dtype)}
+            "accuracy": seen["accuracy"], "loss": seen["loss"], **who_ran(device, dtype)}
 
 
 def main(arguments=None):
@@ -151,7 +151,7 @@ def main(arguments=None):
                       train_fingerprint=whole.fingerprint,
                       command=f"python tools/record_siblings.py --out DIR --part {options.part} --scale {options.scale}")
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
+        write_json(file, record)
         told = {key: record.get(key) for key in ("arm", "lr", "seed", "epochs", "accuracy", "test_accuracy")}
         print(json.dumps(told), flush=True)
 

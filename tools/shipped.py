@@ -9,10 +9,11 @@ import sys
 
 import torch
 
+from convmixer_edu.checkpoint import write_json
 from convmixer_edu.data import load_images
 from convmixer_edu.inference import load_run, score
 from convmixer_edu.ledger import names, recorded, results_folder
-from convmixer_edu.train import _machine
+from convmixer_edu.machine import who_ran
 
 
 def main(wanted):
@@ -27,12 +28,12 @@ def main(wanted):
             raise SystemExit(f"{name} was judged on other images: expected the test set of its record, "
                              "name it with CONVMIXER_DATA")
         seen = score(model, data, info.stats, dtype=torch.float32)
-        machine = _machine(device, torch.float32)
+        machine = who_ran(device)
         found[name] = {"accuracy": seen["accuracy"], "loss": round(seen["loss"], 4), "images": seen["images"],
                        "record": json.loads((results_folder() / name / "record.json").read_text())["sha256"],
                        **{key: machine[key] for key in ("device", "precision", "torch", "commit")}}
         print(json.dumps({name: found[name]}), flush=True)
-        file.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
+        write_json(file, dict(sorted(found.items())))
 
 
 if __name__ == "__main__":
