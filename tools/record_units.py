@@ -21,9 +21,9 @@ from convmixer_edu import units
 from convmixer_edu.anatomy import count_macs
 from convmixer_edu.checkpoint import write_atomically
 from convmixer_edu.depthwise import choose_method, fast_depthwise
+from convmixer_edu.machine import autocast, choose_precision, keep_freed_memory, who_ran
 from convmixer_edu.model import ConvMixer
-from convmixer_edu.speed import autocast, ceilings, choose_precision, keep_freed_memory
-from convmixer_edu.train import _machine
+from convmixer_edu.speed import ceilings
 
 DIM, DEPTH, PATCH, SIDE = 256, 8, 2, 16
 CPU, HALF, FULL = torch.device("cpu"), torch.bfloat16, torch.float32
@@ -122,7 +122,7 @@ def main():
     given = parser.parse_args()
     keep_freed_memory()
     record = json.loads(given.out.read_text()) if given.out.exists() else {"work": {}}
-    machine = _machine(CPU, HALF)
+    machine = who_ran(CPU, HALF)
     record |= {key: machine[key] for key in ("device", "threads", "torch", "python")}
     record["compiler"] = subprocess.run(["g++", "--version"], capture_output=True, text=True).stdout.split("\n")[0]
     record["command"] = "python tools/record_units.py --out results/units-cpu.json"
