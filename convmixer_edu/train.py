@@ -26,7 +26,7 @@ from .checkpoint import (CHECKPOINTS, CheckpointError,
                                       restore, save_step, seal_run, step_file,
                                       sweep, write_atomically,
                                       write_checkpoint, write_json)
-from .data import (ImageSet, load_images, resolve_source,
+from .data import (ImageSet, expect, load_images, resolve_source,
                                 split_holdout, stratified_index)
 from .depthwise import choose_method, fast_depthwise
 from .distributed import (all_sum, any_of, from_main, is_main,
@@ -460,34 +460,28 @@ def _check_torch():
             ("default dtype", torch.get_default_dtype(), torch.float32),
             ("default device", torch.get_default_device().type, "cpu"),
             ("grad mode", torch.is_grad_enabled(), True)):
-        if now != usual:
-            raise ValueError(f"torch's {what} was set to {now}, expected "
-                             f"{usual}: set it back before training")
+        expect(now == usual, f"torch's {what} was set to {now}",
+               f"{usual}: set it back before training")
 
 
 def _check_data(c, data, test):
     "What must be true of the data before anything is built"
-    ours, theirs = ", ".join(data.classes), ", ".join(test.classes)
-    height, width = data.images.shape[2:]
+    (height, width), p = data.images.shape[2:], c.patch_size
     batch, share = min(c.batch_size, len(data)), 2 * world()
-    for wrong, words in (
-            (ours != theirs, "train and test have different classes: "
-             f"{ours} and {theirs}"),
-            (min(height, width) < c.patch_size, f"patch_size is "
-             f"{c.patch_size}, larger than the images ({height} x {width}): "
-             "make it smaller"),
-            (world() > 1 and batch % share, f"a batch of {batch} images "
-             f"cannot be shared by {world()} processes in pairs: choose a "
-             f"batch_size that {share} divides")):
-        if wrong:
-            raise ValueError(words)
+    expect(data.classes == test.classes,
+           f"train and test have different classes: {', '.join(data.classes)} "
+           f"and {', '.join(test.classes)}", "the same in both")
+    expect(min(height, width) >= p, f"patch_size is {p}, larger than the "
+           f"images ({height} x {width})", "at most their side")
+    expect(world() == 1 or batch % share == 0, f"a batch of {batch} images "
+           f"cannot be shared by {world()} processes in pairs",
+           f"a batch_size that {share} divides")
 
 # %% ../nbs/06_training.ipynb #7b5b3d7a
 def _claim(out, mirror, resume, until_the_end):
     "Keep others out of a run's folder, look into it; its mirror, if any"
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file, expected a folder for the run: "
-                         "choose another name")
+    expect(out.is_dir() or not out.exists(), f"{out} is a file",
+           "a folder for the run: choose another name")
     for folder in filter(None, (out, mirror)):
         if not Path(folder).exists():  # if nothing comes of it
             until_the_end.callback(_remove_empty, Path(folder))
