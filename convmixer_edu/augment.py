@@ -15,18 +15,29 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from .data import expect
+
 # %% ../nbs/05_augment.ipynb #3d030f6e
-def _check(images, generator):
+def _check(images, generator=None, types="torch.uint8, or floats"):
     "Batches of pictures and a generator on the CPU, or a ValueError."
-    if images.ndim != 4 or not images.numel():
-        raise ValueError(f"images have shape {tuple(images.shape)}, expected "
-                         "(B, C, H, W) with none of them 0")
-    if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise ValueError(f"images are {images.dtype}, expected torch.uint8, "
-                         "or floats from 0 to 1")
-    if generator is not None and generator.device.type != "cpu":
-        raise ValueError(f"the generator is on {generator.device}, expected "
-                         "one on the CPU, where all draws are made")
+    expect(images.ndim == 4 and images.numel(), f"images have shape "
+           f"{tuple(images.shape)}", "(B, C, H, W) with none of them 0")
+    expect(images.is_floating_point() or str(images.dtype) in types,
+           f"images are {images.dtype}", types)
+    expect(generator is None or generator.device.type == "cpu",
+           "the generator is on a GPU", "one on the CPU: all draws are there")
+
+
+def _check_range(name, pair, most=float("inf")):
+    "Two numbers, 0 < low <= high <= most, or a ValueError."
+    low, high = pair
+    expect(0 < low <= high <= most, f"{name} is {pair}",
+           f"0 < low <= high <= {most:g}")
+
+
+def _check_part(name, value):
+    "A number from 0 to 1, or a ValueError."
+    expect(0 <= value <= 1, f"{name} is {value}", "a number from 0 to 1")
 
 
 def _uniform(generator, *shape):
@@ -134,13 +145,6 @@ def _crop(images, lines):
     return F.grid_sample(images, grid, padding_mode="border",
                          align_corners=False)
 
-
-def _check_range(name, pair, most=float("inf")):
-    "0 < low <= high <= most, or a ValueError."
-    low, high = pair
-    if not 0 < low <= high <= most:
-        raise ValueError(f"{name} is {pair}, expected 0 < low <= high <= "
-                         f"{most:g}")
 
 # %% ../nbs/05_augment.ipynb #670614a9
 MATRICES = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
@@ -297,18 +301,6 @@ def _many(f, numbers, matrices, names, nearest, k):
     return f
 
 # %% ../nbs/05_augment.ipynb #775a4ada
-def _check_draws(images, ops, args):
-    "uint8 images with one operation each, drawn on the CPU."
-    _check(images, None)
-    shapes = {tuple(t.shape) for t in (ops, args)}
-    on_cpu = ops.device.type == args.device.type == "cpu"
-    if images.dtype != torch.uint8 or shapes != {(len(images),)} or not on_cpu:
-        raise ValueError(
-            f"images are {images.dtype}, ops and args have shapes "
-            f"{sorted(shapes)} on {ops.device} and {args.device}, expected "
-            f"torch.uint8 and twice ({len(images)},) on the CPU")
-
-
 def apply_ops(
     images: Tensor,  # uint8 (B, C, H, W)
     ops: Tensor,  # int64 (B,), on the CPU: an index into OPS for each image
@@ -322,7 +314,12 @@ def apply_ops(
     where an operation was not drawn. Raises ValueError for images that are
     not uint8 or draws that do not fit them.
     """
-    _check_draws(images, ops, args)
+    _check(images)
+    n, right = len(images), images.dtype == torch.uint8
+    for t in (ops, args):
+        right = right and t.shape == (n,) and t.device.type == "cpu"
+    expect(right, f"images are {images.dtype}, ops {tuple(ops.shape)}, args "
+           f"{tuple(args.shape)}", f"torch.uint8 and twice ({n},) on the CPU")
     draws = [(ops.numpy(), args.double().numpy())]
     return _run(images, draws, {*OPS}, nearest, fill)
 
@@ -408,12 +405,10 @@ def _draw_ops(count, m, generator, spread, policy):
 
 def _policy(name, m):
     "The policy of that name, or a ValueError; m must be within its range."
-    if name not in POLICIES:
-        raise ValueError(f"policy is {name!r}, expected one of "
-                         f"{', '.join(POLICIES)}")
-    if not 0 <= m <= POLICIES[name].top:
-        raise ValueError(f"m is {m}, expected 0 to {POLICIES[name].top:g}, "
-                         f"the scale of policy {name!r}")
+    expect(name in POLICIES, f"policy is {name!r}",
+           f"one of {', '.join(POLICIES)}")
+    expect(0 <= m <= POLICIES[name].top, f"m is {m}",
+           f"0 to {POLICIES[name].top:g}, the scale of policy {name!r}")
     return POLICIES[name]
 
 # %% ../nbs/05_augment.ipynb #f7bb5111
@@ -435,9 +430,8 @@ def rand_augment(
     """
     _check(images, generator)
     chosen = _policy(policy, m)
-    if n < 0 or n != int(n) or spread < 0:
-        raise ValueError(f"n is {n} and spread {spread}, expected a whole "
-                         "number of operations and no negative spread")
+    expect(n >= 0 and n == int(n) and spread >= 0, f"n is {n} and spread "
+           f"{spread}", "a whole number of operations, no negative spread")
     draws = [_draw_ops(len(images), m, generator, spread, policy)
              for _ in range(int(n))]
     return _run(images, draws, {*chosen.ranges}, chosen.nearest,
@@ -473,11 +467,6 @@ def _draw_jitter(strength, count, generator):
     return list(zip(ids[order.T], args.T))
 
 
-def _check_part(name, value):
-    "A number from 0 to 1, or a ValueError that names it."
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} is {value}, expected a number from 0 to 1")
-
 # %% ../nbs/05_augment.ipynb #d5632c5f
 def normalize(
     images: Tensor,  # (B, C, H, W), uint8 or float from 0 to 1
@@ -486,7 +475,7 @@ def normalize(
     dtype: torch.dtype = torch.float32,  # of the result
 ) -> Tensor:  # (B, C, H, W) in `dtype`
     "(images - mean) / std, as one multiply-add; ValueError unless C of each."
-    _check(images, None)
+    _check(images)
     top = 255 if images.dtype == torch.uint8 else 1
     scale, shift = (_send(t.view(-1, 1, 1), images.device)
                     for t in _scale(mean, std, images.shape[1], top))
@@ -498,9 +487,9 @@ def _scale(mean, std, c, top=255):
     "Factor and summand of each channel that normalise values up to `top`."
     mean, std = (torch.as_tensor(t, dtype=torch.float64).flatten()
                  for t in (mean, std))
-    if len(mean) != c or len(std) != c or not (std > 0).all():
-        raise ValueError(f"mean has {len(mean)} and std {len(std)} values, "
-                         f"expected {c}, one a channel, and no std of 0")
+    expect(len(mean) == len(std) == c and (std > 0).all(),
+           f"mean has {len(mean)} and std {len(std)} values",
+           f"{c}, one a channel, and no std of 0")
     return 1 / (top * std), -mean / std
 
 # %% ../nbs/05_augment.ipynb #8ce1b5f3
@@ -517,11 +506,9 @@ def random_erasing(
     Boxes are drawn as timm draws them: the first of ten that fits, else
     none. Raises ValueError for images that are not floats yet.
     """
-    _check(images, generator)
+    _check(images, generator, "normalised floats")
     _check_part("p", p)
-    if not images.is_floating_point() or mode not in ("pixel", "const"):
-        raise ValueError(f"images are {images.dtype} and mode is {mode!r}, "
-                         "expected normalised floats and pixel or const")
+    expect(mode in ("pixel", "const"), f"mode is {mode!r}", "pixel or const")
     shape, device = images.shape[1:], images.device
     box, noise = _draw_erase(p, mode, len(images), shape, generator, area,
                              ratio)
@@ -580,15 +567,13 @@ def mix(
     The middle image of an odd batch is its own partner. Raises ValueError
     for images that are not floats, or numbers out of range (Sec. 3).
     """
-    _check(images, generator)
+    _check(images, generator, "floats")
     _check_part("smoothing", smoothing)
-    if not images.is_floating_point() or min(mixup, cutmix) < 0:
-        raise ValueError(f"images are {images.dtype}, mixup is {mixup} and "
-                         f"cutmix {cutmix}, expected floats and no negative")
-    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-        raise ValueError(f"labels are {labels.dtype} of shape "
-                         f"{tuple(labels.shape)}, expected torch.int64 of "
-                         f"shape ({len(images)},), one an image")
+    expect(min(mixup, cutmix) >= 0, f"mixup is {mixup} and cutmix {cutmix}",
+           "no negative number")
+    expect(labels.dtype == torch.int64 and labels.shape == images.shape[:1],
+           f"labels are {labels.dtype} of shape {tuple(labels.shape)}",
+           f"torch.int64 of shape ({len(images)},), one an image")
     targets = _targets(num_classes, smoothing)[labels.cpu()]
     targets = targets.to(labels.device)
     if not mixup and not cutmix:
@@ -668,14 +653,9 @@ class Augment:
         for name in ("crop_scale", "jitter", "erase", "smoothing"):
             _check_part(name, getattr(self, name))
         _check_range("crop_ratio", self.crop_ratio)
-        if self.randaug_n:
-            _policy(self.randaug_policy, self.randaug_m)
-        if self.randaug_policy not in tuple(POLICIES):
-            raise ValueError(f"randaug_policy is {self.randaug_policy!r}, "
-                             f"expected one of {', '.join(POLICIES)}")
-        if self.erase_mode not in ("pixel", "const"):
-            raise ValueError(f"erase_mode is {self.erase_mode!r}, expected "
-                             "pixel or const")
+        _policy(self.randaug_policy, self.randaug_m if self.randaug_n else 0)
+        expect(self.erase_mode in ("pixel", "const"), "erase_mode is "
+               f"{self.erase_mode!r}", "pixel or const")
 
     def __call__(self, images, generator=None):
         "Augment uint8 or [0, 1] images (B, C, H, W); shape and type stay."
