@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['CHECKPOINTS', 'CheckpointError', 'write_atomically', 'write_json', 'sweep', 'claimed', 'write_checkpoint',
            'read_checkpoint', 'read_json', 'check_note', 'save_step', 'step_file', 'latest', 'copy_checked',
-           'run_files', 'Mirror', 'fetch_mirror', 'seal_run', 'check_run', 'open_mirror', 'keyed_generator', 'collect',
+           'run_files', 'Mirror', 'open_mirror', 'seal_run', 'check_run', 'keyed_generator', 'collect',
            'expected_tensors', 'check_tensors', 'restore']
 
 # %% ../nbs/06b_checkpoint.ipynb #329ef234
@@ -387,38 +387,50 @@ class Mirror:
         for newest in _steps(self.folder)[:1]:
             _drop_old(self.mirror, newest)
 
-# %% ../nbs/06b_checkpoint.ipynb #833c6061
-def fetch_mirror(
-    mirror: Path,  # a folder that `Mirror` filled
+# %% ../nbs/06b_checkpoint.ipynb #e218097f
+def open_mirror(
+    mirror: Path,  # its parent must be there
     folder: Path,  # the run's folder
-) -> bool:  # whether anything was fetched
-    """Take from a mirror what the run's folder lacks
+    resume: bool,  # fetch what only the mirror has
+) -> Mirror:
+    """A mirror that may be used for this run
 
-    Raises `CheckpointError` when the mirror cannot be read or holds another
-    run."""
+    Raises `CheckpointError` when it cannot be made, cannot be read, or holds
+    another run."""
     mirror, folder = Path(mirror), Path(folder)
     there, here = mirror / "config.json", folder / "config.json"
-    if not there.exists() or (folder / "run.json").exists():
-        return False
-    if begun := here.exists():
-        _check_mirror(there, here)
-    files = [f for f in run_files(mirror) if not (folder / f.name).exists()
-             and not (begun and f.name.startswith("checkpoint-"))]
+    if not mirror.parent.is_dir() or mirror.resolve() == folder.resolve():
+        raise CheckpointError(f"{mirror} cannot be a mirror: expected a new "
+                              "name in a folder that is there (is the drive "
+                              "mounted?), other than the run's own")
+    if there.exists() and not resume:
+        raise CheckpointError(f"{mirror} holds a run already: go on "
+                              "with resume=True or choose another mirror")
+    if there.exists() and here.exists() and read_json(there) != read_json(
+            here):
+        raise CheckpointError(f"{mirror} holds another run than {folder}: "
+                              "choose another mirror")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for place in (mirror, folder):
+            place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be made "
+        raise CheckpointError(f"{place} cannot be made "
                               f"({_reason(error)})") from None
-    for file in sorted(files, key=lambda f: f.name == here.name):
+    if resume:
+        sweep(mirror)  # what a kill left half copied
+        _fetch(mirror, folder)
+    return Mirror(folder, mirror)
+
+
+def _fetch(mirror, folder):
+    "Take from a mirror what the run's folder lacks, config.json last"
+    begun = (folder / "config.json").exists()
+    if (folder / "run.json").exists() or not (mirror/"config.json").exists():
+        return
+    files = [f for f in run_files(mirror) if not (folder / f.name).exists()
+             and not (begun and f.match(CHECKPOINTS))]
+    for file in sorted(files, key=lambda f: f.name == "config.json"):
         copy_checked(file, folder / file.name)
-    return bool(files)
-
-
-def _check_mirror(there, here):
-    "What is in a mirror must be the run that we go on with"
-    if read_json(there) != read_json(here):
-        raise CheckpointError(f"{there.parent} holds another run than "
-                              f"{here.parent}: choose another mirror")
 
 # %% ../nbs/06b_checkpoint.ipynb #5ea1ed02
 def seal_run(
@@ -452,36 +464,6 @@ def check_run(
                 f"{folder / name} is not what the run wrote: it was damaged "
                 "or changed, copy it from the mirror or train again")
     return note
-
-# %% ../nbs/06b_checkpoint.ipynb #e218097f
-def open_mirror(
-    mirror: Path,  # its parent must be there
-    folder: Path,  # the run's folder
-    resume: bool,  # fetch what only the mirror has
-) -> Mirror:
-    """A mirror that may be used for this run
-
-    Raises `CheckpointError` when it cannot be made or holds another run."""
-    mirror, folder = Path(mirror), Path(folder)
-    there, here = mirror / "config.json", folder / "config.json"
-    if not mirror.parent.is_dir() or mirror.resolve() == folder.resolve():
-        raise CheckpointError(f"{mirror} cannot be a mirror: expected a new "
-                              "name in a folder that is there (is the drive "
-                              "mounted?), other than the run's own")
-    try:
-        mirror.mkdir(exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"the mirror {mirror} cannot be made "
-                              f"({_reason(error)})") from None
-    if there.exists() and not resume:
-        raise CheckpointError(f"{mirror} holds a run already: go on "
-                              "with resume=True or choose another mirror")
-    if there.exists() and here.exists():
-        _check_mirror(there, here)
-    if resume:
-        sweep(mirror)  # what a kill left half copied
-        fetch_mirror(mirror, folder)
-    return Mirror(folder, mirror)
 
 # %% ../nbs/06b_checkpoint.ipynb #62e3ff77
 def keyed_generator(
@@ -539,27 +521,22 @@ def check_tensors(
 def restore(
     model: torch.nn.Module,  # of the same sizes as the one collected
     optimizer: torch.optim.Optimizer,  # over the same parameters
-    tensors: dict[str, Tensor],  # what `collect` returned
+    tensors: dict[str, Tensor],  # what `collect` returned, perhaps more
 ) -> None:
     """Put collected tensors back into a model and its optimiser
 
     Raises `CheckpointError` when they belong to a model of another shape."""
     own = {name: tensor for name, tensor in tensors.items()
            if name.startswith(("model.", "optimizer."))}
-    saved = any(name.startswith("optimizer.") for name in own)
-    check_tensors(own, expected_tensors(model, optimizer, saved),
+    begun = any(name.startswith("optimizer.") for name in own)
+    check_tensors(own, expected_tensors(model, optimizer, begun),
                   "the checkpoint belongs to another model")
-    weights, state = {}, {}
+    model.load_state_dict({name: own[f"model.{name}"]
+                           for name in model.state_dict()})
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
-    for name, tensor in own.items():
-        kind, rest = name.split(".", 1)
-        if kind == "model":
-            weights[rest] = tensor
-        else:
-            i, key = rest.split(".", 1)
-            if key != "step":  # in memory as its parameter is
-                tensor = torch.empty_like(parameters[int(i)]).copy_(tensor)
-            state.setdefault(int(i), {})[key] = tensor
-    model.load_state_dict(weights)
+    state = {i: {"step": own[f"optimizer.{i}.step"], **{
+        name: torch.empty_like(p).copy_(own[f"optimizer.{i}.{name}"])
+        for name in ("exp_avg", "exp_avg_sq")}}  # in memory as p is
+        for i, p in enumerate(parameters if begun else [])}
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -22,7 +22,8 @@ from .data import (ImageSet, expand, expect, load_images,
                                 picture_suffixes, read_image)
 from .distributed import all_sum, rank, shard, world
 from .ledger import check_record
-from .machine import autocast, choose_device, choose_precision
+from .machine import (autocast, choose_device, choose_precision,
+                                   short_of_memory)
 from .recipe import (Config, make_model, read_setup,
                                   recipe_digest)
 
@@ -74,7 +75,7 @@ def score(
         try:
             logits = ask(model, data.images[index], stats, dtype)
         except (MemoryError, RuntimeError) as error:
-            if len(index) == 1 or not _short_of_memory(error):
+            if len(index) == 1 or not short_of_memory(error):
                 raise
             batch_size = len(index) // 2
             continue
@@ -89,13 +90,6 @@ def score(
             "loss": float(loss) / len(data),
             "confusion": confusion.view(n, n).tolist(),
             "images_per_second": round(len(data) / seconds, 1)}
-
-
-def _short_of_memory(error):
-    "Whether fewer images at a time may help: CUDA's error, or the CPU's"
-    cpu = "not enough memory", "can't allocate memory"
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-        words in str(error) for words in cpu)
 
 
 @torch.inference_mode()

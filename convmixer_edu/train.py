@@ -12,7 +12,7 @@ import os
 import signal
 import time
 import warnings
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ from .distributed import (all_sum, any_of, from_main, is_main,
 from .engines import make_engine
 from .inference import Statistics, score, statistics
 from .initialize import covariance_init
+from .ledger import check_result
 from .machine import (choose_device, choose_precision,
                                    dtype_name, keep_freed_memory, layout,
                                    make_scaler, peak_memory_mb, train_step,
@@ -252,6 +253,7 @@ def _take_over(run: Run):
 # %% ../nbs/06_training.ipynb #err00001
 class TrainingError(RuntimeError):
     "A run that cannot go on, and why"
+    code = 1  # what a program says when it ends with it
 
 
 class Diverged(TrainingError):
@@ -264,6 +266,7 @@ class Stopped(TrainingError):
     def __init__(self, text: str, number: int | None = None):
         super().__init__(text)
         self.number = number  # of the signal, if it was one
+        self.code = 128 + number if number else 1
 
 # %% ../nbs/06_training.ipynb #fd21babf
 def _loop(run: Run, stop, seconds):
@@ -428,10 +431,9 @@ def train(
 
         from_main(begin)
         data, test = _both_sets(config, source)
-        _check_data(config, data, test)
         aside = min(config.holdout, len(data) // 10)
         data, held = split_holdout(data, aside) if aside else (data, None)
-        _check_share(min(config.batch_size, len(data)))
+        _check_data(config, data, test)
         facts, record = from_main(lambda: _open(
             config, source, data, device, out, resume, first, own))
         if record is not None:
@@ -465,22 +467,20 @@ def _check_torch():
 
 def _check_data(c, data, test):
     "What must be true of the data before anything is built"
-    if data.classes != test.classes:
-        raise ValueError("train and test have different classes: "
-                         f"{', '.join(data.classes)} and "
-                         f"{', '.join(test.classes)}")
+    ours, theirs = ", ".join(data.classes), ", ".join(test.classes)
     height, width = data.images.shape[2:]
-    if min(height, width) < c.patch_size:
-        raise ValueError(f"patch_size is {c.patch_size}, larger than the "
-                         f"images ({height} x {width}): make it smaller")
-
-
-def _check_share(batch):
-    "Every process must get equally many images, and the partners of each"
-    if world() > 1 and batch % (2 * world()):
-        raise ValueError(f"a batch of {batch} images cannot be shared by "
-                         f"{world()} processes in pairs: choose a batch_size "
-                         f"that {2 * world()} divides")
+    batch, share = min(c.batch_size, len(data)), 2 * world()
+    for wrong, words in (
+            (ours != theirs, "train and test have different classes: "
+             f"{ours} and {theirs}"),
+            (min(height, width) < c.patch_size, f"patch_size is "
+             f"{c.patch_size}, larger than the images ({height} x {width}): "
+             "make it smaller"),
+            (world() > 1 and batch % share, f"a batch of {batch} images "
+             f"cannot be shared by {world()} processes in pairs: choose a "
+             f"batch_size that {share} divides")):
+        if wrong:
+            raise ValueError(words)
 
 # %% ../nbs/06_training.ipynb #7b5b3d7a
 def _claim(out, mirror, resume, until_the_end):
@@ -516,7 +516,8 @@ def _open(c, source, data, device, out, resume, first, own):
         facts = old
         sweep(out)
         if (out / "run.json").exists():
-            record = _read_result(out)  # before anything is dropped
+            record = check_run(out)
+            check_result(record, out / "run.json")
             _drop_checkpoints(out, own["mirror"])
             return facts, record
     begun = any(any(folder.glob(CHECKPOINTS)) for folder in (
@@ -607,21 +608,18 @@ def _choose(c, data, device):
     return {"choice": dataclasses.asdict(choice), "depthwise": method}
 
 # %% ../nbs/06_training.ipynb #c2b802c1
-class stop_signal:
+@contextmanager
+def stop_signal():
     "A list that receives the number of a SIGTERM or SIGINT while it is open"
-
-    def __enter__(self):
-        self.caught, self.before = [], {}
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self.before[number] = signal.signal(
-                    number, lambda n, frame: self.caught.append(n))
-            except ValueError:  # not the main thread: nothing to catch
-                break
-        return self.caught
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
+    caught, before = [], {}
+    try:
+        with suppress(ValueError):  # not the main thread: nothing to catch
+            for number in (signal.SIGTERM, signal.SIGINT):
+                before[number] = signal.signal(
+                    number, lambda n, frame: caught.append(n))
+        yield caught
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 # %% ../nbs/06_training.ipynb #5f0d77b8
@@ -655,22 +653,6 @@ def _finish(run: Run, test):
         _drop_checkpoints(run.out, run.mirror)
     run.report({"event": "done", **record})
     return from_main(lambda: record)
-
-
-_RESULT = {"test_accuracy": float, "test_images": int, "seconds": float,
-           "images_per_second": float, "steps": int, "device": str,
-           "precision": str, "config": dict}
-_SIZES = dict.fromkeys(("dim", "depth", "kernel_size", "patch_size",
-                        "epochs"), int)
-
-
-def _read_result(out):
-    "run.json of a finished run, checked; one that failed says so only"
-    record = check_run(out)
-    if "failed" not in record:
-        check_note(record, _RESULT, out / "run.json")
-        check_note(record["config"], _SIZES, out / "run.json")
-    return record
 
 
 def _drop_checkpoints(out, mirror):
