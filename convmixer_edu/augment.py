@@ -277,7 +277,8 @@ def _rows(draws, names, nearest, shape):
     "Drawn (ops, args) as rows: numbers (11 n, B) and matrices (3, 2n, B)."
     c, h, w = shape
     pixels, count = h * w * (1 if c == 3 else c), len(draws[0][0])
-    draws = [(ops.numpy(), args.double().numpy()) for ops, args in draws]
+    draws = [(np.asarray(ops), np.asarray(args, np.float64))
+             for ops, args in draws]
     numbers = np.concatenate([_numbers(*draw, pixels) for draw in draws])
     if not names & {*MATRICES}:
         return numbers, np.empty((3, 0, count))
@@ -380,6 +381,12 @@ def draw_ops(
     policy: str = "torchvision",  # a key of POLICIES
 ) -> tuple[Tensor, Tensor]:  # ops int64 (count,), args float32 (count,)
     "Draw an operation and its argument for each image; see `apply_ops`."
+    return tuple(map(torch.from_numpy, _draw_ops(count, m, generator, spread,
+                                                 policy)))
+
+
+def _draw_ops(count, m, generator, spread, policy):
+    "`draw_ops` in numpy, where calls cost less."
     chosen = _policy(policy, m)
     names = list(chosen.ranges)
     ids = np.array([OPS.index(name) for name in names])
@@ -394,7 +401,7 @@ def draw_ops(
     level = np.where(signed[which] & (coins[0] < 0.5), -level, level)
     args = start[which] + level * (end - start)[which]
     ops = ids[which] * (coins[1] < chosen.prob)
-    return torch.from_numpy(ops), torch.from_numpy(args).float()
+    return ops, args.astype(np.float32)
 
 
 def _policy(name, m):
@@ -426,7 +433,7 @@ def rand_augment(
     chosen = _policy(policy, m)
     expect(n >= 0 and n == int(n) and spread >= 0, f"n is {n} and spread "
            f"{spread}", "a whole number of operations, no negative spread")
-    draws = [draw_ops(len(images), m, generator, spread, policy)
+    draws = [_draw_ops(len(images), m, generator, spread, policy)
              for _ in range(int(n))]
     return _run(images, draws, {*chosen.ranges}, chosen.nearest,
                 chosen.fill if fill is None else fill)
@@ -452,12 +459,11 @@ _JITTER = ("Brightness", "Contrast", "Color")
 
 
 def _draw_jitter(strength, count, generator):
-    "Three times an operation and its argument, as `draw_ops` has them."
+    "Three times an operation and its argument."
     order = _uniform(generator, count, 3).argsort(1)
     args = 1 + strength * (2 * _uniform(generator, count, 3) - 1)
-    ids = torch.tensor([OPS.index(name) for name in _JITTER])
-    return list(zip(ids[torch.from_numpy(order).T],
-                    torch.from_numpy(args).float().T))
+    ids = np.array([OPS.index(name) for name in _JITTER])
+    return list(zip(ids[order.T], args.T.astype(np.float32)))
 
 
 # %% ../nbs/05_augment.ipynb #d5632c5f
@@ -703,8 +709,8 @@ class Kernels:
         if a.flip:
             parts["flip"] = _draw_flip(count, generator)
         if a.randaug_n:
-            draws = [draw_ops(count, a.randaug_m, generator,
-                              a.randaug_spread, a.randaug_policy)
+            draws = [_draw_ops(count, a.randaug_m, generator,
+                               a.randaug_spread, a.randaug_policy)
                      for _ in range(a.randaug_n)]
             parts["randaug"], m = _rows(draws, names, self.policy.nearest,
                                         self.shape)
