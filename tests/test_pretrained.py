@@ -710,15 +710,15 @@ def test_rows_are_judged_like_files(photographs, weights, monkeypatch, tmp_path,
 def test_a_dataset_on_the_hub_is_a_folder_that_was_fetched(photographs, weights, monkeypatch, tmp_path):
     """Of its files only those of the split."""
     table, asked = parquet(photographs, tmp_path / "table"), []
+    names = [f"data/{split}-0000{i}-of-00002.parquet" for split in ("train", "test", "validation") for i in range(2)]
 
     def fetch(source, **options):
         asked.append(source)
-        assert any(fnmatch.fnmatch("data/validation-00000-of-00002.parquet", p) for p in options["allow_patterns"])
-        assert not any(fnmatch.fnmatch("data/train-00000-of-00002.parquet", p) for p in options["allow_patterns"])
+        assert [name for name in names if any(fnmatch.fnmatch(name, p) for p in options["allow_patterns"])] == names[-2:]
         return table
 
     monkeypatch.setattr(data, "snapshot_download", fetch)
-    monkeypatch.setattr(data, "_hub_answers", lambda source: True)
+    monkeypatch.setattr(data, "_on_the_hub", lambda source: (None, sorted(map(Path, names))))
     told = evaluate_pretrained("convmixer_1024_20", "owner/imagenet", file=weights, batch_size=4)
     assert same(told, evaluate_pretrained("convmixer_1024_20", photographs, file=weights, batch_size=4))
     assert asked == ["owner/imagenet"]
@@ -763,7 +763,7 @@ def data_of_no_use(kind, photographs, tmp_path):
 @pytest.mark.parametrize("kind", ["no folder", "digits", "hub", "empty", "no rows", "names", "column", "no split", "text", "broken"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_data_of_no_use_are_one_sentence(kind, workers, photographs, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_hub_answers", lambda source: False)
+    monkeypatch.setattr(data, "_on_the_hub", lambda source: None)
     source, words = data_of_no_use(kind, photographs, tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=words) as told:
         evaluate_pretrained("convmixer_1024_20", source, file=weights, workers=workers)
@@ -819,7 +819,7 @@ def test_wrong_words_are_one_line(line, words, monkeypatch):
         raise FileNotFoundError("not in the cache")
 
     monkeypatch.setattr(pretrained, "hf_hub_download", absent)
-    monkeypatch.setattr(data, "_hub_answers", lambda source: False)
+    monkeypatch.setattr(data, "_on_the_hub", lambda source: None)
     _, err = convmixer(*line.split(), code=2)
     assert all(word in err for word in words), err
     assert not Path("run").exists()
