@@ -4,10 +4,11 @@
 __all__ = ['FLAGS', 'SOURCE', 'build', 'depthwise_unit', 'pointwise_unit', 'kernels', 'UnitSequential', 'fast_units',
            'units_are_faster']
 
-# %% ../nbs/P1c_units.ipynb #f6f13e14
+# %% ../nbs/P1c_units.ipynb #db12526d
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -721,8 +722,12 @@ def units_are_faster(
     block = next((m for m in model.children()
                   if isinstance(m, nn.Sequential)), None)
     first = block[0] if block else None
-    if not isinstance(first, Residual) or any(
-            _reasons(list(first.fn.children()), dtype)):
+    if not isinstance(first, Residual) or not _is_unit(
+            list(first.fn.children()), True):
+        return False
+    for reason in filter(None, _reasons(list(first.fn.children()), dtype)):
+        logging.getLogger(__name__).warning(
+            "no kernels of our own: %s", reason)
         return False
     x = torch.zeros(shape, dtype=dtype).uniform_(
         generator=torch.Generator().manual_seed(0)).to(
