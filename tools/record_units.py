@@ -71,7 +71,6 @@ def race(k, batch, rounds):
     steps, method = contenders(k, batch)
     for one in steps.values():
         one()
-        one()
     speeds = {name: [] for name in steps}
     for _ in range(rounds):
         for name, one in steps.items():
