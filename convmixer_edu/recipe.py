@@ -107,7 +107,7 @@ CHOICES = {  # the settings that are words, and the words they may be
     "residual": RESIDUALS, "norm": tuple(NORMS),
     "activation": tuple(ACTIVATIONS),
     "precision": ("auto", "float32", "bfloat16", "float16"),
-    "depthwise": ("auto", *weight_gradient_methods()),
+    "depthwise": ("auto", *weight_gradient_methods(), "units"),
     "init": ("uniform", "covariance"),
     "engine": ("batched", "timm"),
 }

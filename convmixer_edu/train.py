@@ -45,6 +45,7 @@ from .recipe import (CHOICES, FREE, Config, augmentation,
                                   learning_rate, make_model, make_optimizer,
                                   read_setup, recipe_digest)
 from .speed import Choice, Recorded, Workload, choose, prepare
+from .units import fast_units, units_are_faster
 
 # %% ../nbs/06_training.ipynb #3ca3472c
 def epoch_order(
@@ -230,9 +231,13 @@ def build_model(
         model = make_model(c, len(data.classes), data.images.shape[1])
     if c.init == "covariance":
         covariance_init(model, keyed_generator(c.seed, 3))
-    model = fast_depthwise(model.to(device), depthwise)
-    model = synchronise_batchnorm(model)
-    return prepare(model, choice or Choice(c.channels_last, c.compile))
+    choice, units = (choice or Choice(c.channels_last, c.compile),
+                     depthwise == "units")
+    model = fast_depthwise(model.to(device),
+                           "library" if units else depthwise)
+    model = prepare(synchronise_batchnorm(model), choice)
+    return fast_units(model, getattr(torch, choice.dtype),
+                      warnings.warn) if units else model
 
 # %% ../nbs/06_training.ipynb #1996c3a8
 def _take_over(run: Run):
@@ -594,7 +599,21 @@ def _choose(c, data, device):
                                   dtype, device, layout(c.channels_last))
     if whole:
         choice = choose(dataclasses.replace(work, depthwise=method), device)
+    if c.depthwise == "auto" and _units_win(
+            c, choice, (batch, c.dim, side, side), method, device):
+        method = "units"
     return {"choice": dataclasses.asdict(choice), "depthwise": method}
+
+
+def _units_win(c, choice, shape, method, device):
+    "Whether a block of the recipe trains fastest by kernels of our own"
+    if (device.type != "cpu" or world() > 1 or choice.compile
+            or not choice.channels_last):
+        return False
+    with torch.random.fork_rng(devices=[]):
+        one = make_model(dataclasses.replace(c, depth=1), 1, 1)
+    return units_are_faster(fast_depthwise(one, method), shape,
+                            getattr(torch, choice.dtype))
 
 # %% ../nbs/06_training.ipynb #c2b802c1
 @contextmanager
