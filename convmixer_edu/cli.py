@@ -80,16 +80,18 @@ def _explain(error):
         asked = where.command_path if where else "convmixer"
         text = error.format_message().replace("Value error, ", "")
         return f"{text.rstrip('.')}: see {asked} --help", 2
-    text, code = str(error), getattr(error, "code", 2)
+    text = str(error)
     for theirs, ours in _OPTIONS.items():
         text = text.replace(theirs, ours)
+    if isinstance(error, (Failure, RuntimeError)) and hasattr(error, "code"):
+        return text, error.code  # as the trainer's errors say
     cause = error if isinstance(error, OSError) else error.__context__
     if getattr(cause, "errno", None) in _FULL:
         return text, 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename} cannot be used: {error.strerror}", 2
-    if isinstance(error, (Failure, ValueError, OSError)):
-        return text, code
+    if isinstance(error, (ValueError, OSError)):
+        return text, 2
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         return "stopped by Ctrl-C", 130
     from convmixer_edu.machine import short_of_memory
@@ -392,8 +394,8 @@ def _watchers(out, tensorboard, profile, price, as_json):
 
 def _train(config, source, out, resume, device, mirror, start, watchers,
            args):
-    "Call the trainer, let the watchers look on, say how it was stopped"
-    from convmixer_edu.train import Stopped, TrainingError, train
+    "Call the trainer, let the watchers look on"
+    from convmixer_edu.train import train
 
     def report(event):  # the first one: now the folder is there
         _remember(out, args, source, device)
@@ -401,13 +403,8 @@ def _train(config, source, out, resume, device, mirror, start, watchers,
             tell(event)
 
     with watchers[0]:
-        try:
-            return train(config, source, out, resume, device, report, mirror,
-                         start)
-        except Stopped as error:
-            raise Failure(str(error), 128 + error.number) from None
-        except TrainingError as error:
-            raise Failure(str(error), 1) from None
+        return train(config, source, out, resume, device, report, mirror,
+                     start)
 
 # %% ../nbs/11_command_line.ipynb #4155f34b
 def _show_run(told):
@@ -520,15 +517,13 @@ def ablate_command(
 def _sweep(tasks, out, data, device, seconds, jobs, as_json):
     "Run what is left; say how it was stopped"
     from convmixer_edu.sweep import sweep
-    from convmixer_edu.train import Stopped, TrainingError
+    from convmixer_edu.train import Stopped
     tell = (lambda run: None) if as_json else _Progress(tasks, out, jobs)
     try:
         sweep(tasks, out, data, device, seconds, jobs, tell)
     except Stopped as error:
         raise Failure(f"stopped by signal {error.number}: the same command "
-                      "goes on", 128 + error.number) from None
-    except TrainingError as error:
-        raise Failure(str(error), 1) from None
+                      "goes on", error.code) from None
 
 
 def _differences(tasks, tables, scale, out):

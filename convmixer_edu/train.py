@@ -253,6 +253,7 @@ def _take_over(run: Run):
 # %% ../nbs/06_training.ipynb #err00001
 class TrainingError(RuntimeError):
     "A run that cannot go on, and why"
+    code = 1  # what a program says when it ends with it
 
 
 class Diverged(TrainingError):
@@ -265,6 +266,7 @@ class Stopped(TrainingError):
     def __init__(self, text: str, number: int | None = None):
         super().__init__(text)
         self.number = number  # of the signal, if it was one
+        self.code = 128 + number if number else 1
 
 # %% ../nbs/06_training.ipynb #fd21babf
 def _loop(run: Run, stop, seconds):

@@ -197,18 +197,15 @@ def step(options, device, out):
 
 def train_seeds(options, device, out):
     """Three seeds, sealed, with their weights."""
+    import record_runs
+
     from convmixer_edu.ledger import keep, results_folder
-    from convmixer_edu.train import Stopped, train
     for seed in range(SEEDS if not options.small else 2):
         name = f"light25-seed{seed}"
         if (out / name).exists() or not options.small and (results_folder() / name).exists():
             continue
         run, c = out / "work" / name, replace(light25(options), seed=seed)
-        try:
-            record = train(c, options.data, run, (run / "config.json").exists(), str(device),
-                           seconds=options.end - time.monotonic())
-        except Stopped as error:
-            print(f"  {name}: {error}")
+        if (record := record_runs.run(c, options.data, run, str(device), options.end)) is None:
             return False
         keep(run, name, f"make gpu: train --preset light25 --set seed={seed}", weights=True, into=out)
         print(f"  {name}: {record['test_accuracy']:.2f} % in {record['seconds']:.1f} s", flush=True)
