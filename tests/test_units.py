@@ -242,3 +242,41 @@ def test_without_a_cache_the_kernels_go_with_the_process(monkeypatch):
     monkeypatch.setattr(units, "cache_folder", lambda: None)
     assert units.build(ANSWER % 3).answer() == 3
     assert str(units._folder()) == units._temporary().name
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(dtype, value):
+    model, x = units.fast_units(ConvMixer(32, 1, 3, 2, 4), dtype, pytest.fail), torch.randn(4, 3, 8, 8)
+    x[0, 0, 0, 0] = value
+    assert not gradient(model, x, dtype).isfinite().any()
+
+
+def test_a_tracer_and_a_compiler_see_the_layers():
+    torch.manual_seed(0)
+    model, x = units.fast_units(ConvMixer(16, 1, 3, 2, 4)).eval(), torch.randn(4, 3, 8, 8)
+    expected = model(x)
+    assert torch.allclose(torch.fx.symbolic_trace(model)(x), expected, atol=1e-5)
+    assert torch.allclose(torch.compile(model, backend="eager", fullgraph=True)(x), expected, atol=1e-5)
+
+
+def test_the_faster_way_of_a_block_is_told_without_touching_the_model(monkeypatch):
+    torch.manual_seed(0)
+    model, stream = ConvMixer(16, 2, 3, 2, 4), torch.get_rng_state()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    for fastest in (0, 1):
+        monkeypatch.setattr(units, "_quickest", lambda ways, *_: fastest)
+        assert units.units_are_faster(model, (2, 16, 4, 4)) == (HERE and fastest == 1)
+    assert type(model[3]) is nn.Sequential and torch.equal(stream, torch.get_rng_state())
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    monkeypatch.undo()
+    assert units.units_are_faster(model, (2, 16, 4, 4)) in (True, False)
+
+
+def test_without_a_compiler_the_library_is_chosen_and_a_line_says_why(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert not units.units_are_faster(ConvMixer(16, 1, 3, 2, 4), (2, 16, 4, 4))
+    assert [r.getMessage() for r in caplog.records] == [
+        "no kernels of our own: there is no C++ compiler: install g++ or set $CXX"]

@@ -12,10 +12,12 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from bench import colour_images, stepper
 
 from convmixer_edu import units
 from convmixer_edu.anatomy import count_macs
@@ -23,6 +25,7 @@ from convmixer_edu.checkpoint import write_atomically
 from convmixer_edu.depthwise import choose_method, fast_depthwise
 from convmixer_edu.machine import autocast, choose_precision, keep_freed_memory, who_ran
 from convmixer_edu.model import ConvMixer
+from convmixer_edu.recipe import PRESETS, with_settings
 from convmixer_edu.speed import ceilings
 
 DIM, DEPTH, PATCH, SIDE = 256, 8, 2, 16
@@ -68,7 +71,6 @@ def race(k, batch, rounds):
     steps, method = contenders(k, batch)
     for one in steps.values():
         one()
-        one()
     speeds = {name: [] for name in steps}
     for _ in range(rounds):
         for name, one in steps.items():
@@ -113,12 +115,29 @@ def parts(batch, rates, rounds):
     return {"batch_size": batch, "kernels": found}
 
 
+def pipeline(rounds, images=512):
+    """The trainer's own steps by the recipe light25, images as bytes to updated weights: without kernels, and with them."""
+    c, data = with_settings(PRESETS["light25"], {"batch_size": 64}), colour_images(images)
+    method, _ = choose_method((64, DIM, SIDE, SIDE), c.kernel_size, choose_precision(CPU))
+    steps = {way: stepper(data, CPU, replace(c, depthwise=way)) for way in (method, "units")}
+    speeds = {way: [] for way in steps}
+    for number in range(-1, rounds):
+        for way, one in steps.items():
+            start = time.perf_counter()
+            for at in range(0, images, 64):
+                one(torch.arange(at, at + 64), number + 1, at // 64)
+            if number >= 0:
+                speeds[way].append(round(images / (time.perf_counter() - start), 2))
+    return {"recipe": "light25", "batch_size": 64, "images_per_second": speeds}
+
+
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("units.json"))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", nargs="+", choices=[*WORK, "parts"], default=[*WORK, "parts"], help="renew only these")
+    parser.add_argument("--only", nargs="+", choices=[*WORK, "parts", "pipeline"],
+                        default=[*WORK, "parts", "pipeline"], help="renew only these")
     given = parser.parse_args()
     keep_freed_memory()
     record = json.loads(given.out.read_text()) if given.out.exists() else {"work": {}}
@@ -131,6 +150,8 @@ def main():
             (full, copied), (half, _) = ceilings(CPU, FULL), ceilings(CPU, HALF)
             record["ceilings"] = {"float32": full, "bfloat16": half, "bytes": copied}
             record["parts"] = {"commit": machine["commit"], **parts(64, record["ceilings"], 3 * given.rounds)}
+        elif name == "pipeline":
+            record["pipeline"] = {"commit": machine["commit"], **pipeline(given.rounds)}
         else:
             record["work"][name] = {"commit": machine["commit"], **race(*WORK[name], given.rounds)}
             torch._dynamo.reset()
