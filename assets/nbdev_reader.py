@@ -28,7 +28,7 @@ DIRECTIVE = re.compile(r"\s*#\s*\|\s*(?P<name>[\w-]+):?\s*(?P<value>.*?)\s*$")
 EXPORTS = {"export", "exporti", "exports"}
 HIDDEN = {"hide", "default_exp"}
 FIGURE = {"label", "fig-cap"}
-MARKED = {"exercise": "exercise", "check": "hide-input"}  # directive with any value -> a tag
+MARKED = {"exercise": "exercise", "check": "check"}  # directive with any value -> a tag
 CLAIM = re.compile(r"\[([^\]]+)\]\(claims\.ipynb#([\w-]+)\)")
 TAGS = {  # (directive, value) -> the tag that MyST-NB knows
     ("echo", "false"): "remove-input",
@@ -45,8 +45,16 @@ LONG = {"module": 15, "drawing": 8}  # lines of exported code, of code that draw
 POLICY = ("default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
           "img-src 'self' data:; font-src 'self' data:; connect-src 'self'; worker-src 'self'; base-uri 'self'; "
           "form-action 'self'")
-ICON_SCRIPT = re.compile(r"<(script|link)[^>]*fontawesome\.js[^>]*>(</script>)?\n?")
-OUTSIDE = re.compile(r"""<a(?![^>]*\srel=)([^>]*\shref=["'](?:https?:)?//)""")
+MENDED = [(re.compile(pattern), better) for pattern, better in [
+    # a page of others, which a link opens, gets no hold on ours
+    (r"""<a(?![^>]*\srel=)([^>]*\shref=["'](?:https?:)?//)""", r'<a rel="noopener"\1'),
+    # a script of 1.5 MB that draws icons which a font draws as well
+    (r"<(script|link)[^>]*fontawesome\.js[^>]*>(</script>)?\n?", ""),
+    # what a screen reader stumbles over: a name that is not what stands there, empty heads, no landmark
+    (r'(<button[^>]*search-button-field[^>]*) aria-label="Search"', r"\1"),
+    (r'(<th class="head[^"]*">)<p></p></th>', "<td></td>"),
+    (r'<div class="(sidebar-primary-items__start)', r'<div role="navigation" aria-label="The book" class="\1'),
+]]
 
 
 def read(text, digest="", skip=()):
@@ -81,7 +89,9 @@ def read(text, digest="", skip=()):
             if COST.search(cell.source):
                 tags += ["remove-input", "cost"]
                 last.append(cell)
-            elif not {"open", "exercise", "hide-input"} & set(tags) and (kind := folded(cell.source, tags)):
+            elif "check" in tags:
+                cell.metadata["fold"] = "The check"
+            elif not {"open", "exercise"} & set(tags) and (kind := folded(cell.source, tags)):
                 cell.metadata["fold"] = kind
             if tags:
                 cell.metadata["tags"] = tags
@@ -302,15 +312,15 @@ def summary(doctree):
 
 
 def finish_pages(app, error):
-    """Give no page of others, which a link opens, a hold on ours; load no script that draws icons a font draws as well.
-
-    Then list the pages for search engines."""
+    """Mend in every page what the theme leaves to be wished for, and list the pages for search engines."""
     if error or app.builder.format != "html":
         return
     home = Path(app.outdir)
     for page in home.rglob("*.html"):
-        old = page.read_text("utf8")
-        if (new := ICON_SCRIPT.sub("", OUTSIDE.sub(r'<a rel="noopener"\1', old))) != old:
+        new = old = page.read_text("utf8")
+        for pattern, better in MENDED:
+            new = pattern.sub(better, new)
+        if new != old:
             page.write_text(new, "utf8")
     base = app.config.html_baseurl
     urls = "".join(f"<url><loc>{base}{name}.html</loc></url>\n" for name in sorted(app.env.found_docs))

@@ -34,7 +34,7 @@ from .checkpoint import (CheckpointError, read_checkpoint,
 from .data import (brief, cache_folder, expand, expect, is_own,
                                 list_files, make_private, open_image,
                                 open_source, source_kind, source_state, tell)
-from .inference import choose_device
+from .machine import choose_device
 from .model import variant
 from .recipe import Config
 

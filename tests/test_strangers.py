@@ -33,7 +33,7 @@ def alone(tmp_path, monkeypatch):
     """A folder and a cache of its own, no Hub."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CONVMIXER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(data, "_hub_answers", lambda source: False)
+    monkeypatch.setattr(data, "_on_the_hub", lambda source: None)
     data.tell.cache_clear()
 
 
@@ -423,7 +423,7 @@ def test_a_folder_of_another_user_is_not_used_and_it_is_said_once(tmp_path, caps
     work, choice = speed.Workload(8, 1, 3, 4), speed.Choice(True)
     for _ in range(2):
         assert load_images(folder).images.unique().tolist() == [255]
-        speed.remember(work, torch.device("cpu"), choice)
+        speed.remember({speed.choice_key(work, torch.device("cpu")): choice})
         assert speed.known(work, torch.device("cpu")) is None
     said = capsys.readouterr().err
     assert said == f"{cache} belongs to another user, so nothing is kept there: set CONVMIXER_CACHE to a folder of your own\n"
@@ -433,7 +433,7 @@ def test_a_folder_of_another_user_is_not_used_and_it_is_said_once(tmp_path, caps
 @root_only
 def test_settings_and_evaluations_of_another_user_are_not_believed(tmp_path):
     work, cpu = speed.Workload(8, 1, 3, 4), torch.device("cpu")
-    speed.remember(work, cpu, speed.Choice(True))
+    speed.remember({speed.choice_key(work, cpu): speed.Choice(True)})
     assert speed.known(work, cpu) == speed.Choice(True)
     os.chown(tmp_path / "cache/speed.json", SOMEBODY, SOMEBODY)
     assert speed.known(work, cpu) is None
