@@ -34,7 +34,7 @@ from convmixer_edu import speed
 from convmixer_edu.augment import rand_augment
 from convmixer_edu.data import load_images
 from convmixer_edu.inference import statistics as image_statistics
-from convmixer_edu.machine import autocast, choose_device, choose_precision, device_name, make_scaler
+from convmixer_edu.machine import autocast, choose_device, choose_precision, device_name, keep_freed_memory, make_scaler
 from convmixer_edu.model import ConvMixer
 from convmixer_edu.recipe import PRESETS, with_settings
 from convmixer_edu.train import Run, _choose, build_model, epoch_order, make_facts
@@ -83,7 +83,7 @@ def compare(name, unit, amount, ours, baseline, kept=None, warmups=2, **more):
 def serve(pipe, make, arguments, keep):
     """In a process of its own: make a function, and call it whenever asked."""
     if keep:
-        speed.keep_freed_memory()
+        keep_freed_memory()
     function = make(*arguments)
     pipe.send("ready")
     while pipe.recv() == "go":
@@ -427,7 +427,7 @@ def main():
     parser.add_argument("--only", default="", help="rows whose number is among these, such as 0,4")
     arguments = parser.parse_args()
     device, found = choose_device(arguments.device), []
-    speed.keep_freed_memory()
+    keep_freed_memory()
     wanted = [int(n) for n in arguments.only.split(",") if n]
     for number, row in enumerate(rows(colour_images(10240 if device.type == "cuda" else 1024), device,
                                       arguments.seconds)):
