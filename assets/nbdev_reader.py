@@ -5,8 +5,10 @@ outputs (the package, the recorded results, the data), marks the cells that the 
 and puts MathJax beside the pages and a policy into them, so that a page asks no other host for anything.
 """
 
+import ast
 import contextlib
 import hashlib
+import html
 import inspect
 import os
 import re
@@ -26,18 +28,33 @@ DIRECTIVE = re.compile(r"\s*#\s*\|\s*(?P<name>[\w-]+):?\s*(?P<value>.*?)\s*$")
 EXPORTS = {"export", "exporti", "exports"}
 HIDDEN = {"hide", "default_exp"}
 FIGURE = {"label", "fig-cap"}
-MARKED = {"exercise": "exercise", "check": "hide-input"}  # directive with any value -> a tag
+MARKED = {"exercise": "exercise", "check": "check"}  # directive with any value -> a tag
 CLAIM = re.compile(r"\[([^\]]+)\]\(claims\.ipynb#([\w-]+)\)")
 TAGS = {  # (directive, value) -> the tag that MyST-NB knows
     ("echo", "false"): "remove-input",
     ("output", "false"): "remove-output",
     ("eval", "false"): "skip-execution",
+    ("code-fold", "true"): "fold",
+    ("code-fold", "false"): "open",
 }
+COST = re.compile(r"""\bcost\("\w+"\)$""")  # the cell that tells what a chapter takes
+DRAWS = re.compile(r"\b(show|plt\.\w+|subplots)\(")
+CELL_MAGIC = re.compile(r"^\s*[%!].*$", re.M)  # what IPython knows and Python does not
+LONG = {"module": 15, "drawing": 8}  # lines of exported code, of code that draws: longer ones are folded
 # Scripts and styles stand inside the pages, pictures too; nothing comes from another host or goes to one.
 POLICY = ("default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
           "img-src 'self' data:; font-src 'self' data:; connect-src 'self'; worker-src 'self'; base-uri 'self'; "
           "form-action 'self'")
-OUTSIDE = re.compile(r"""<a(?![^>]*\srel=)([^>]*\shref=["'](?:https?:)?//)""")
+MENDED = [(re.compile(pattern), better) for pattern, better in [
+    # a page of others, which a link opens, gets no hold on ours
+    (r"""<a(?![^>]*\srel=)([^>]*\shref=["'](?:https?:)?//)""", r'<a rel="noopener"\1'),
+    # a script of 1.5 MB that draws icons which a font draws as well
+    (r"<(script|link)[^>]*fontawesome\.js[^>]*>(</script>)?\n?", ""),
+    # what a screen reader stumbles over: a name that is not what stands there, empty heads, no landmark
+    (r'(<button[^>]*search-button-field[^>]*) aria-label="Search"', r"\1"),
+    (r'(<th class="head[^"]*">)<p></p></th>', "<td></td>"),
+    (r'<div class="(sidebar-primary-items__start)', r'<div role="navigation" aria-label="The book" class="\1'),
+]]
 
 
 def read(text, digest="", skip=()):
@@ -46,7 +63,7 @@ def read(text, digest="", skip=()):
     Cells that call `nbdev_export()` are dropped; a directive that has no meaning here is an error.
     """
     notebook = nbformat.reads(text, as_version=4)
-    module, cells = None, []
+    module, cells, last = None, [], []
     for cell in notebook.cells:
         if cell.cell_type == "code":
             directives, cell.source = split_directives(cell.source)
@@ -69,6 +86,13 @@ def read(text, digest="", skip=()):
                     tags.append(TAGS[name, value])
                 else:
                     raise ValueError(f"unknown directive '#| {name} {value}' in: {cell.source[:60]}")
+            if COST.search(cell.source):
+                tags += ["remove-input", "cost"]
+                last.append(cell)
+            elif "check" in tags:
+                cell.metadata["fold"] = "The check"
+            elif not {"open", "exercise"} & set(tags) and (kind := folded(cell.source, tags)):
+                cell.metadata["fold"] = kind
             if tags:
                 cell.metadata["tags"] = tags
             # outputs are cached under the cells and their metadata: name what else decides them
@@ -76,8 +100,22 @@ def read(text, digest="", skip=()):
         else:
             cell.source = CLAIM.sub(claim_link, cell.source)
         cells.append(cell)
-    notebook.cells = cells
+    notebook.cells = [cell for cell in cells if cell not in last] + last
     return notebook
+
+
+def folded(source, tags):
+    """Return what to say of a cell whose code is shown when it is asked for, or None: imports, long code, drawing."""
+    tree, lines = ast.parse(CELL_MAGIC.sub("", source)).body, source.count("\n") + 1
+    count = f"{lines} line{'s' * (lines > 1)}"
+    module = next((tag.removeprefix("module-") for tag in tags if tag.startswith("module-")), None)
+    if all(isinstance(part, ast.Import | ast.ImportFrom) for part in tree):
+        return "Imports"
+    if module and lines > LONG["module"] or module and "fold" in tags:
+        return f"{module}.py, {count}"
+    if "fold" in tags or DRAWS.search(source) and lines > LONG["drawing"]:
+        return f"The drawing, {count}" if DRAWS.search(source) else f"The code, {count}"
+    return None
 
 
 def claim_link(match):
@@ -145,6 +183,17 @@ class NumberFigures(SphinxTransform):
             figure = nodes.figure("", output.deepcopy(), caption, names=[about["label"]])
             output.replace_self(figure)
             self.document.note_explicit_target(figure, figure)
+
+
+def fold_code(app, doctree):
+    """Put the code of a cell that is folded behind a line that says what it is."""
+    for cell in doctree.findall(nodes.container):
+        kind = cell.get("cell_metadata", {}).get("fold")
+        if kind and cell.get("nb_element") == "cell_code":
+            for part in [part for part in cell.children if part.get("nb_element") == "cell_code_source"]:
+                at = cell.index(part)
+                cell.insert(at, nodes.raw("", f'<details class="fold"><summary>{kind}</summary>', format="html"))
+                cell.insert(at + 2, nodes.raw("", "</details>", format="html"))
 
 
 def mark_exports(app, doctree):
@@ -237,21 +286,47 @@ def drop_thebe(app, config):
                 app.disconnect(listener.id)
 
 
-def add_policy(app, pagename, templatename, context, doctree):
-    """Tell the browser that a page asks no other host for anything, and take out what is left of the live code."""
-    tag = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}" />'
-    context["metatags"] = tag + context.get("metatags", "")
+def add_head(app, pagename, templatename, context, doctree):
+    """Tell the browser that a page asks no other host for anything, and others what it is about.
+
+    What is left of the live code is taken out."""
+    tags = [f'<meta http-equiv="Content-Security-Policy" content="{POLICY}" />']
+    if doctree:
+        picture = f"{app.config.html_baseurl}_static/share.png"
+        title = html.unescape(re.sub("<[^>]+>", "", context["title"]))
+        about = {"og:type": "article", "og:title": title, "og:description": summary(doctree), "og:image": picture,
+                 "og:url": f"{app.config.html_baseurl}{pagename}.html"}
+        tags += [f'<meta property="{name}" content="{html.escape(text)}" />' for name, text in about.items()]
+        tags += [f'<meta name="description" content="{html.escape(about["og:description"])}" />',
+                 '<meta name="twitter:card" content="summary_large_image" />']
+    context["metatags"] = "".join(tags) + context.get("metatags", "")
     context["css_files"] = [file for file in context["css_files"] if "thebe" not in str(file.filename)]
 
 
-def close_openers(app, error):
-    """Give no page of others, which a link opens, a hold on ours: `rel=noopener` on every link that leaves."""
+def summary(doctree):
+    """Return what a page begins with, without its standing words, for those who list it."""
+    texts = (paragraph.astext() for paragraph in doctree.findall(nodes.paragraph))
+    text = " ".join(next((text for text in texts if len(text.split()) > 8), "").split())
+    text = re.sub(r"^What the paper says( \([^)]*\))?[.:]? ?", "", text)
+    return text if len(text) <= 200 else f"{text[:200].rsplit(' ', 1)[0]} ..."
+
+
+def finish_pages(app, error):
+    """Mend in every page what the theme leaves to be wished for, and list the pages for search engines."""
     if error or app.builder.format != "html":
         return
-    for page in Path(app.outdir).rglob("*.html"):
-        old = page.read_text("utf8")
-        if (new := OUTSIDE.sub(r'<a rel="noopener"\1', old)) != old:
+    home = Path(app.outdir)
+    for page in home.rglob("*.html"):
+        new = old = page.read_text("utf8")
+        for pattern, better in MENDED:
+            new = pattern.sub(better, new)
+        if new != old:
             page.write_text(new, "utf8")
+    base = app.config.html_baseurl
+    urls = "".join(f"<url><loc>{base}{name}.html</loc></url>\n" for name in sorted(app.env.found_docs))
+    (home / "sitemap.xml").write_text(
+        f'<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">\n{urls}</urlset>\n', "utf8")
+    (home / "robots.txt").write_text(f"User-agent: *\nAllow: /\nSitemap: {base}sitemap.xml\n", "utf8")
 
 
 def setup(app):
@@ -261,9 +336,10 @@ def setup(app):
     app.connect("config-inited", drop_thebe)
     app.connect("builder-inited", copy_mathjax)
     app.connect("builder-inited", copy_network)
+    app.connect("doctree-read", fold_code)
     app.connect("doctree-read", mark_exports)
     app.connect("autodoc-process-docstring", add_docments)
     app.connect("autodoc-skip-member", skip_member)
-    app.connect("html-page-context", add_policy, priority=900)
-    app.connect("build-finished", close_openers)
+    app.connect("html-page-context", add_head, priority=900)
+    app.connect("build-finished", finish_pages)
     return {"parallel_read_safe": True, "version": "1"}

@@ -1,25 +1,45 @@
-"""Draw README.md's picture from the recorded run: python assets/readme_picture.py"""
+"""Draw README.md's picture, and the one that a shared link shows, from recorded runs: python assets/readme_picture.py"""
 
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 from convmixer_edu.inference import load_run
-from convmixer_edu.ledger import recorded, results_folder
+from convmixer_edu.ledger import pretrained_run, recorded, results_folder
 from convmixer_edu.visualize import PALETTE, axes
 
 RUN = "quick8-covariance-seed0"
 INK = "#7d8590"  # legible on white and on black
 
 
-def main():
-    model, _ = load_run(results_folder() / RUN)
-    run = recorded(RUN)
-    filters = model[0].weight.detach()
-    filters = filters[filters.flatten(1).norm(dim=1).topk(48).indices]
-    tiles = 0.5 + 0.5 * filters / filters.abs().amax((1, 2, 3), keepdim=True)  # (48, 3, p, p)
+def filters(run, rows, columns):
+    """Return a wall of the largest filters of a run's patch embedding, as a picture."""
+    model, _ = load_run(run)
+    weight = model[0].weight.detach()
+    weight = weight[weight.flatten(1).norm(dim=1).topk(rows * columns).indices]
+    tiles = 0.5 + 0.5 * weight / weight.abs().amax((1, 2, 3), keepdim=True)  # (n, 3, p, p)
     tiles = torch.nn.functional.pad(tiles, (0, 1, 0, 1), value=1.0)
-    wall = tiles.unflatten(0, (4, 12)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)[:-1, :-1]
+    return tiles.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)[:-1, :-1]
+
+
+def share():
+    """Draw the picture that others show beside a link: 1200 x 630."""
+    run = recorded(pretrained_run().name)
+    fig = Figure(figsize=(12, 6.3), facecolor="#14171c", dpi=100)
+    wall = fig.add_axes((0.62, 0.08, 0.34, 0.84))
+    wall.imshow(filters(results_folder() / RUN, 8, 6), aspect="auto")
+    wall.set_axis_off()
+    fig.text(0.05, 0.74, "Was it the attention,\nor the patches?", color="white", size=38, weight="bold", va="center")
+    fig.text(0.05, 0.44, "ConvMixer, built from the paper:\na book that runs", color="#e3e6ea", size=26, va="center")
+    fig.text(0.05, 0.16, f"{run['test_accuracy']:.1f} % on CIFAR-10, in {run['seconds']:.0f} seconds on a GPU,\n"
+             "and the network answers in your browser", color="#7db5ff", size=20, va="center")
+    fig.savefig(Path(__file__).parent / "static" / "share.png", facecolor=fig.get_facecolor())
+
+
+def main():
+    run = recorded(RUN)
+    wall = filters(results_folder() / RUN, 4, 12)
     fig, (left, right) = axes(1, 2, width=9, height=2.4, width_ratios=[2, 1])
     left.imshow(wall)
     left.set(xticks=[], yticks=[], title="what the patch embedding learned")
@@ -39,3 +59,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    share()

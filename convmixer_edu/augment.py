@@ -15,18 +15,29 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from .data import expect
+
 # %% ../nbs/05_augment.ipynb #3d030f6e
-def _check(images, generator):
+def _check(images, generator=None, types="torch.uint8, or floats"):
     "Batches of pictures and a generator on the CPU, or a ValueError."
-    if images.ndim != 4 or not images.numel():
-        raise ValueError(f"images have shape {tuple(images.shape)}, expected "
-                         "(B, C, H, W) with none of them 0")
-    if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise ValueError(f"images are {images.dtype}, expected torch.uint8, "
-                         "or floats from 0 to 1")
-    if generator is not None and generator.device.type != "cpu":
-        raise ValueError(f"the generator is on {generator.device}, expected "
-                         "one on the CPU, where all draws are made")
+    expect(images.ndim == 4 and images.numel(), f"images have shape "
+           f"{tuple(images.shape)}", "(B, C, H, W) with none of them 0")
+    expect(images.is_floating_point() or str(images.dtype) in types,
+           f"images are {images.dtype}", types)
+    expect(generator is None or generator.device.type == "cpu",
+           "the generator is on a GPU", "one on the CPU: all draws are there")
+
+
+def _check_range(name, pair, most=float("inf")):
+    "Two numbers, 0 < low <= high <= most, or a ValueError."
+    low, high = pair
+    expect(0 < low <= high <= most, f"{name} is {pair}",
+           f"0 < low <= high <= {most:g}")
+
+
+def _check_part(name, value):
+    "A number from 0 to 1, or a ValueError."
+    expect(0 <= value <= 1, f"{name} is {value}", "a number from 0 to 1")
 
 
 def _uniform(generator, *shape):
@@ -134,13 +145,6 @@ def _crop(images, lines):
     return F.grid_sample(images, grid, padding_mode="border",
                          align_corners=False)
 
-
-def _check_range(name, pair, most=float("inf")):
-    "0 < low <= high <= most, or a ValueError."
-    low, high = pair
-    if not 0 < low <= high <= most:
-        raise ValueError(f"{name} is {pair}, expected 0 < low <= high <= "
-                         f"{most:g}")
 
 # %% ../nbs/05_augment.ipynb #670614a9
 MATRICES = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
@@ -273,6 +277,8 @@ def _rows(draws, names, nearest, shape):
     "Drawn (ops, args) as rows: numbers (11 n, B) and matrices (3, 2n, B)."
     c, h, w = shape
     pixels, count = h * w * (1 if c == 3 else c), len(draws[0][0])
+    draws = [(np.asarray(ops), np.asarray(args, np.float64))
+             for ops, args in draws]
     numbers = np.concatenate([_numbers(*draw, pixels) for draw in draws])
     if not names & {*MATRICES}:
         return numbers, np.empty((3, 0, count))
@@ -297,18 +303,6 @@ def _many(f, numbers, matrices, names, nearest, k):
     return f
 
 # %% ../nbs/05_augment.ipynb #775a4ada
-def _check_draws(images, ops, args):
-    "uint8 images with one operation each, drawn on the CPU."
-    _check(images, None)
-    shapes = {tuple(t.shape) for t in (ops, args)}
-    on_cpu = ops.device.type == args.device.type == "cpu"
-    if images.dtype != torch.uint8 or shapes != {(len(images),)} or not on_cpu:
-        raise ValueError(
-            f"images are {images.dtype}, ops and args have shapes "
-            f"{sorted(shapes)} on {ops.device} and {args.device}, expected "
-            f"torch.uint8 and twice ({len(images)},) on the CPU")
-
-
 def apply_ops(
     images: Tensor,  # uint8 (B, C, H, W)
     ops: Tensor,  # int64 (B,), on the CPU: an index into OPS for each image
@@ -322,9 +316,13 @@ def apply_ops(
     where an operation was not drawn. Raises ValueError for images that are
     not uint8 or draws that do not fit them.
     """
-    _check_draws(images, ops, args)
-    draws = [(ops.numpy(), args.double().numpy())]
-    return _run(images, draws, {*OPS}, nearest, fill)
+    _check(images)
+    n, right = len(images), images.dtype == torch.uint8
+    for t in (ops, args):
+        right = right and t.shape == (n,) and t.device.type == "cpu"
+    expect(right, f"images are {images.dtype}, ops {tuple(ops.shape)}, args "
+           f"{tuple(args.shape)}", f"torch.uint8 and twice ({n},) on the CPU")
+    return _run(images, [(ops, args)], {*OPS}, nearest, fill)
 
 
 def _run(images, draws, names, nearest=False, fill=0.0):
@@ -383,12 +381,12 @@ def draw_ops(
     policy: str = "torchvision",  # a key of POLICIES
 ) -> tuple[Tensor, Tensor]:  # ops int64 (count,), args float32 (count,)
     "Draw an operation and its argument for each image; see `apply_ops`."
-    ops, args = _draw_ops(count, m, generator, spread, policy)
-    return torch.from_numpy(ops), torch.from_numpy(args).float()
+    return tuple(map(torch.from_numpy, _draw_ops(count, m, generator, spread,
+                                                 policy)))
 
 
 def _draw_ops(count, m, generator, spread, policy):
-    "`draw_ops` in numpy: int64 (B,), and float64 with float32's values."
+    "`draw_ops` in numpy, where calls cost less."
     chosen = _policy(policy, m)
     names = list(chosen.ranges)
     ids = np.array([OPS.index(name) for name in names])
@@ -403,17 +401,15 @@ def _draw_ops(count, m, generator, spread, policy):
     level = np.where(signed[which] & (coins[0] < 0.5), -level, level)
     args = start[which] + level * (end - start)[which]
     ops = ids[which] * (coins[1] < chosen.prob)
-    return ops, args.astype(np.float32).astype(np.float64)
+    return ops, args.astype(np.float32)
 
 
 def _policy(name, m):
     "The policy of that name, or a ValueError; m must be within its range."
-    if name not in POLICIES:
-        raise ValueError(f"policy is {name!r}, expected one of "
-                         f"{', '.join(POLICIES)}")
-    if not 0 <= m <= POLICIES[name].top:
-        raise ValueError(f"m is {m}, expected 0 to {POLICIES[name].top:g}, "
-                         f"the scale of policy {name!r}")
+    expect(name in POLICIES, f"policy is {name!r}",
+           f"one of {', '.join(POLICIES)}")
+    expect(0 <= m <= POLICIES[name].top, f"m is {m}",
+           f"0 to {POLICIES[name].top:g}, the scale of policy {name!r}")
     return POLICIES[name]
 
 # %% ../nbs/05_augment.ipynb #f7bb5111
@@ -435,9 +431,8 @@ def rand_augment(
     """
     _check(images, generator)
     chosen = _policy(policy, m)
-    if n < 0 or n != int(n) or spread < 0:
-        raise ValueError(f"n is {n} and spread {spread}, expected a whole "
-                         "number of operations and no negative spread")
+    expect(n >= 0 and n == int(n) and spread >= 0, f"n is {n} and spread "
+           f"{spread}", "a whole number of operations, no negative spread")
     draws = [_draw_ops(len(images), m, generator, spread, policy)
              for _ in range(int(n))]
     return _run(images, draws, {*chosen.ranges}, chosen.nearest,
@@ -465,18 +460,11 @@ _JITTER = ("Brightness", "Contrast", "Color")
 
 def _draw_jitter(strength, count, generator):
     "Three times an operation and its argument."
-    order = _uniform(generator, count, 3)
-    order = order.argsort(1)
+    order = _uniform(generator, count, 3).argsort(1)
     args = 1 + strength * (2 * _uniform(generator, count, 3) - 1)
-    args = args.astype(np.float32).astype(np.float64)
     ids = np.array([OPS.index(name) for name in _JITTER])
-    return list(zip(ids[order.T], args.T))
+    return list(zip(ids[order.T], args.T.astype(np.float32)))
 
-
-def _check_part(name, value):
-    "A number from 0 to 1, or a ValueError that names it."
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} is {value}, expected a number from 0 to 1")
 
 # %% ../nbs/05_augment.ipynb #d5632c5f
 def normalize(
@@ -486,7 +474,7 @@ def normalize(
     dtype: torch.dtype = torch.float32,  # of the result
 ) -> Tensor:  # (B, C, H, W) in `dtype`
     "(images - mean) / std, as one multiply-add; ValueError unless C of each."
-    _check(images, None)
+    _check(images)
     top = 255 if images.dtype == torch.uint8 else 1
     scale, shift = (_send(t.view(-1, 1, 1), images.device)
                     for t in _scale(mean, std, images.shape[1], top))
@@ -498,9 +486,9 @@ def _scale(mean, std, c, top=255):
     "Factor and summand of each channel that normalise values up to `top`."
     mean, std = (torch.as_tensor(t, dtype=torch.float64).flatten()
                  for t in (mean, std))
-    if len(mean) != c or len(std) != c or not (std > 0).all():
-        raise ValueError(f"mean has {len(mean)} and std {len(std)} values, "
-                         f"expected {c}, one a channel, and no std of 0")
+    expect(len(mean) == len(std) == c and (std > 0).all(),
+           f"mean has {len(mean)} and std {len(std)} values",
+           f"{c}, one a channel, and no std of 0")
     return 1 / (top * std), -mean / std
 
 # %% ../nbs/05_augment.ipynb #8ce1b5f3
@@ -509,30 +497,25 @@ def random_erasing(
     p: float = 0.25,  # chance that an image loses a box
     generator: Generator | None = None,  # on the CPU
     mode: str = "pixel",  # noise N(0, 1); "const" puts 0, the mean colour
-    area: tuple[float, float] = (0.02, 1 / 3),  # part of the image lost
-    ratio: tuple[float, float] = (0.3, 1 / 0.3),  # height / width of the box
 ) -> Tensor:  # same shape and type
     """Replace a random box by noise in some of the images (Sec. 3).
 
-    Boxes are drawn as timm draws them: the first of ten that fits, else
-    none. Raises ValueError for images that are not floats yet.
+    Boxes are drawn as timm draws them: 0.02 to 1/3 of the image, 0.3 to
+    1/0.3 times as high as wide, the first of ten that fits, else none.
+    Raises ValueError for images that are not floats yet.
     """
-    _check(images, generator)
+    _check(images, generator, "normalised floats")
     _check_part("p", p)
-    if not images.is_floating_point() or mode not in ("pixel", "const"):
-        raise ValueError(f"images are {images.dtype} and mode is {mode!r}, "
-                         "expected normalised floats and pixel or const")
+    expect(mode in ("pixel", "const"), f"mode is {mode!r}", "pixel or const")
     shape, device = images.shape[1:], images.device
-    box, noise = _draw_erase(p, mode, len(images), shape, generator, area,
-                             ratio)
+    box, noise = _draw_erase(p, mode, len(images), shape, generator)
     noise = None if noise is None else _send(noise, device).flatten(2)
     out = _erase(images.float().flatten(2), _send(box, device)[..., None, None],
                  noise, _constants(shape, device))
     return out.to(images.dtype).view(images.shape)
 
 # %% ../nbs/05_augment.ipynb #eras0001
-def _draw_erase(p, mode, count, shape, generator, area=(0.02, 1 / 3),
-                ratio=(0.3, 1 / 0.3)):
+def _draw_erase(p, mode, count, shape, generator):
     "Boxes (4, B), empty without a hit; noise (B, C, H, W), 0 there, or None."
     c, height, width = shape
     box = np.zeros((4, count))
@@ -541,8 +524,8 @@ def _draw_erase(p, mode, count, shape, generator, area=(0.02, 1 / 3),
         noise = torch.zeros(count, c, height, width, dtype=torch.float32)
     hit = (_uniform(generator, count) < p).nonzero()[0]
     if len(hit):
-        w, h, fits = _first_fit(area, ratio, width, height, generator,
-                                len(hit), 1)
+        w, h, fits = _first_fit((0.02, 1 / 3), (0.3, 1 / 0.3), width, height,
+                                generator, len(hit), 1)
         top = _place(h, height, generator)
         left = _place(w, width, generator)
         box[:, hit] = top, top + h * fits, left, left + w
@@ -580,15 +563,13 @@ def mix(
     The middle image of an odd batch is its own partner. Raises ValueError
     for images that are not floats, or numbers out of range (Sec. 3).
     """
-    _check(images, generator)
+    _check(images, generator, "floats")
     _check_part("smoothing", smoothing)
-    if not images.is_floating_point() or min(mixup, cutmix) < 0:
-        raise ValueError(f"images are {images.dtype}, mixup is {mixup} and "
-                         f"cutmix {cutmix}, expected floats and no negative")
-    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-        raise ValueError(f"labels are {labels.dtype} of shape "
-                         f"{tuple(labels.shape)}, expected torch.int64 of "
-                         f"shape ({len(images)},), one an image")
+    expect(min(mixup, cutmix) >= 0, f"mixup is {mixup} and cutmix {cutmix}",
+           "no negative number")
+    expect(labels.dtype == torch.int64 and labels.shape == images.shape[:1],
+           f"labels are {labels.dtype} of shape {tuple(labels.shape)}",
+           f"torch.int64 of shape ({len(images)},), one an image")
     targets = _targets(num_classes, smoothing)[labels.cpu()]
     targets = targets.to(labels.device)
     if not mixup and not cutmix:
@@ -668,14 +649,9 @@ class Augment:
         for name in ("crop_scale", "jitter", "erase", "smoothing"):
             _check_part(name, getattr(self, name))
         _check_range("crop_ratio", self.crop_ratio)
-        if self.randaug_n:
-            _policy(self.randaug_policy, self.randaug_m)
-        if self.randaug_policy not in tuple(POLICIES):
-            raise ValueError(f"randaug_policy is {self.randaug_policy!r}, "
-                             f"expected one of {', '.join(POLICIES)}")
-        if self.erase_mode not in ("pixel", "const"):
-            raise ValueError(f"erase_mode is {self.erase_mode!r}, expected "
-                             "pixel or const")
+        _policy(self.randaug_policy, self.randaug_m if self.randaug_n else 0)
+        expect(self.erase_mode in ("pixel", "const"), "erase_mode is "
+               f"{self.erase_mode!r}", "pixel or const")
 
     def __call__(self, images, generator=None):
         "Augment uint8 or [0, 1] images (B, C, H, W); shape and type stay."

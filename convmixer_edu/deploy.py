@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .data import _brief, written_aside
+from .data import brief, expect, written_aside
 from .speed import Choice, _wait, choices, frozen, time_step
 
 # %% ../nbs/P4_deploy.ipynb #81a19ec8
@@ -68,13 +68,12 @@ def fold_norms(
     multiplies a channel by zero."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     parts = [*model.children()]
-    if len(parts) < 7 or len(norms) != 2*len(parts[3:-3]) + 1:
-        raise ValueError("fold_norms wants a ConvMixer of this package, got "
-                         f"{type(model).__name__}: its parts are not those "
-                         "of the six lines")
-    if any((affine(norm)[0] == 0).any() for norm in norms):
-        raise ValueError("a BatchNorm multiplies a channel by zero, expected "
-                         "none: what it hides cannot be divided out again")
+    expect(len(parts) >= 7 and len(norms) == 2*len(parts[3:-3]) + 1,
+           f"the network is a {type(model).__name__}",
+           "a ConvMixer of this package, with the parts of the six lines")
+    expect(all(affine(norm)[0].all() for norm in norms),
+           "a BatchNorm multiplies a channel by zero",
+           "none: what it hides cannot be divided out again")
     patch, act, norm, *blocks, pool, flat, head = parts
     head, (scale, shift) = deepcopy(head), affine(norm)
     folded = [deepcopy(patch), deepcopy(act)]
@@ -230,27 +229,24 @@ def _checked(ask, model, images, tolerance, what):
         wanted = model(batch)
         unit = max(1.0, float(wanted.abs().max()))
         worst = max(worst, float((ask(batch) - wanted).abs().max())/unit)
-    if not worst <= tolerance:
-        raise ValueError(f"the {what} file answers {worst:.1e} off PyTorch, "
-                         f"expected at most {tolerance:.0e}: it was not kept")
+    expect(worst <= tolerance, f"the {what} file answers {worst:.1e} off "
+           "PyTorch", f"at most {tolerance:.0e}: it was not kept")
     return worst
 
 
 def _into(file, write, check):
     "Write beside the file, check, and only then give it its name"
     file = Path(file)
-    if not file.parent.is_dir():
-        raise ValueError(f"there is no folder {file.parent} for {file.name}: "
-                         "make it first")
-    if file.exists() and not file.is_file():
-        raise ValueError(f"{file} cannot be written: it is a folder or a "
-                         "device, expected the name of a file")
+    expect(file.parent.is_dir(), f"there is no folder {file.parent}",
+           f"one for {file.name}: make it first")
+    expect(file.is_file() or not file.exists(), f"{file} cannot be written: "
+           "it is a folder or a device", "the name of a file")
     try:
         with written_aside(file) as draft:
             write(draft)
             worst = check(draft)
     except OSError as error:
-        raise ValueError(f"{file} could not be written ({_brief(error)}): "
+        raise ValueError(f"{file} could not be written ({brief(error)}): "
                          "make room or choose another folder") from error
     return {"file": str(file), "bytes": file.stat().st_size,
             "difference": worst}

@@ -16,7 +16,7 @@ from torchvision import transforms
 
 from .augment import Augment, Kernels
 from .checkpoint import keyed_generator
-from .data import ImageSet
+from .data import ImageSet, expect
 from .distributed import own_rows
 
 # %% ../nbs/05b_engines.ipynb #send0001
@@ -83,15 +83,14 @@ class Engine(_Packing):
         rank: int = 0,  # this process, of
         world: int = 1,  # so many, each with its rows of every batch
     ):
-        if len(data) > 2**24:
-            raise ValueError(f"the data set has {len(data)} images, expected "
-                             "at most 2**24, which float32 can count")
+        expect(len(data) <= 2**24, f"the data set has {len(data)} images",
+               "at most 2**24, which float32 can count")
         if augment.randaug_policy == "timm" and not augment.fill:
             augment = replace(augment, fill=tuple(mean))
         self.augment, self.mean, self.std = augment, mean, std
         self.seed, self.rank, self.world = seed, rank, world
-        self.device, self.data, self.workers = torch.device(device), data, \
-            workers
+        self.device, self.data = torch.device(device), data
+        self.workers = workers
         self.labels = data.labels.to(self.device)
         self.kernels = Kernels(augment, data.images.shape[1:], mean, std,
                                len(data.classes), device)
@@ -144,10 +143,9 @@ def pil_transform(
 
     n, m, spread = augment.randaug_n, augment.randaug_m, augment.randaug_spread
     by_timm = bool(n) and augment.randaug_policy == "timm"
-    if n and (m != int(m) or spread and not by_timm):
-        raise ValueError(f"randaug_m is {m} and randaug_spread {spread}: "
-                         "expected a whole m, and no spread with policy "
-                         "torchvision; or take the engine batched")
+    expect(not n or m == int(m) and (by_timm or not spread),
+           f"randaug_m is {m} and randaug_spread {spread}", "a whole m, and "
+           "no spread with policy torchvision; or take the engine batched")
     chain = create_transform(
         size, is_training=True, scale=(augment.crop_scale, 1.0),
         ratio=augment.crop_ratio, mean=mean, use_prefetcher=True,
@@ -234,7 +232,6 @@ def make_engine(
     **options,
 ) -> Engine:
     "The engine of that name; ValueError if there is none."
-    if name not in ENGINES:
-        raise ValueError(f"engine is {name!r}, expected one of "
-                         f"{', '.join(ENGINES)}")
+    expect(name in ENGINES, f"engine is {name!r}",
+           f"one of {', '.join(ENGINES)}")
     return ENGINES[name](*args, **options)

@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['keep_freed_memory', 'real_dtypes', 'choose_precision', 'choose_device', 'layout', 'dtype_name', 'autocast',
-           'profiler', 'make_scaler', 'train_step', 'device_name', 'who_ran', 'commit', 'peak_memory_mb']
+           'profiler', 'short_of_memory', 'make_scaler', 'train_step', 'device_name', 'who_ran', 'commit',
+           'peak_memory_mb']
 
 # %% ../nbs/06_machine.ipynb #mach0001
 import ctypes
@@ -11,10 +12,10 @@ import platform
 import subprocess
 import sys
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -108,6 +109,15 @@ def profiler():
     return profile(acc_events=True)  # else it warns
 
 
+def short_of_memory(error: BaseException) -> bool:
+    "Whether less at a time may help; not every allocator has an error class"
+    words = ("allocate", "not enough memory", "calculation overflowed",
+             "Overflow when unpacking")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, (RuntimeError, TypeError, OverflowError))
+        and any(word in str(error) for word in words))
+
+
 def make_scaler(device: torch.device, dtype: torch.dtype):
     "Of the loss: at work for float16, whose range is small"
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -158,7 +168,7 @@ def who_ran(
             "processes": world(), "threads": torch.get_num_threads(),
             "precision": dtype_name(dtype),
             "python": platform.python_version(), "torch": torch.__version__,
-            "timm": timm.__version__, "commit": commit()}
+            "timm": version("timm"), "commit": commit()}
 
 # %% ../nbs/06_machine.ipynb #3f88b082
 _ASK = ["git", "-c", "core.fsmonitor=false", "-c",

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'Published', 'find_published', 'key_map', 'rename', 'sizes_of', 'from_timm', 'to_timm', 'read_weights',
-           'load_pretrained', 'fetch_weights', 'targets', 'Tally', 'evaluate_pretrained', 'confused', 'finetune_config',
-           'first_weights']
+           'load_pretrained', 'fetch_weights', 'targets', 'Judged', 'Tally', 'evaluate_pretrained', 'confused',
+           'finetune_config', 'first_weights']
 
 # %% ../nbs/08_imagenet.ipynb #2342a300
 import argparse
@@ -22,20 +22,19 @@ import timm
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.data import ImageNetInfo, create_loader
 from timm.models import convmixer as timms
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
 from .checkpoint import (CheckpointError, read_checkpoint,
                                       write_checkpoint)
-from .data import (_REVISIONS, _TESTS, _class_files, _columns,
-                                _datasets, _hub_file, _hub_reachable, _kind,
-                                _parquet_files, _ParquetTable, _pick_split,
-                                _tell, cache_folder, expand, is_own,
-                                make_private, open_image)
-from .inference import choose_device
+from .data import (brief, cache_folder, expand, expect, is_own,
+                                list_files, make_private, open_image,
+                                open_source, source_kind, source_state, tell)
+from .machine import choose_device
 from .model import variant
 from .recipe import Config
 
@@ -83,11 +82,11 @@ def find_published(
     name: str,  # a key of PUBLISHED, or timm's name
 ) -> Published:
     "The network of that name; `ValueError` lists those there are"
-    for ours, entry in PUBLISHED.items():
-        if name in (ours, entry.timm, entry.timm.split(".")[0]):
-            return entry
-    raise ValueError(f"no weights are published as {name!r}: expected one of "
-                     f"{', '.join(PUBLISHED)}")
+    found = [entry for ours, entry in PUBLISHED.items()
+             if name in (ours, entry.timm, entry.timm.split(".")[0])]
+    expect(found, f"no weights are published as {name!r}",
+           f"one of {', '.join(PUBLISHED)}")
+    return found[0]
 
 # %% ../nbs/08_imagenet.ipynb #a05fa570
 def key_map(
@@ -106,10 +105,8 @@ def rename(
     new = {}
     for key, tensor in tensors.items():
         old = next((b for b in begins if key.startswith(f"{b}.")), None)
-        if old is None:
-            raise ValueError(f"{key} belongs to no ConvMixer of "
-                             f"{len(begins) - 3} blocks: expected keys as in "
-                             "timm's or in the authors' weights")
+        expect(old, f"{key} belongs to no ConvMixer of {len(begins) - 3} "
+               "blocks", "keys as in timm's or in the authors' weights")
         new[begins[old] + key[len(old):]] = tensor
     return new
 
@@ -119,17 +116,15 @@ def sizes_of(
 ) -> dict[str, int]:  # what `variant` wants
     "Read a ConvMixer's sizes off its weights; `ValueError` if it is none"
     depth = sum(key.endswith(".0.fn.0.weight") for key in tensors)
-    try:
-        stem, depthwise, head = (tensors[key].shape for key in (
-            "0.weight", "3.0.fn.0.weight", f"{depth + 5}.weight"))
-        return dict(dim=stem[0], depth=depth, kernel_size=depthwise[3],
-                    patch_size=stem[3], num_classes=head[0],
-                    in_chans=stem[1])
-    except (KeyError, IndexError) as error:
-        what = (f"{error} is missing" if isinstance(error, KeyError)
-                else "a weight lacks a dimension")
-        raise ValueError("these are not the weights of a ConvMixer with a "
-                         f"classifier: {what}") from None
+    shapes = []
+    for key, n in (("0.weight", 4), ("3.0.fn.0.weight", 4),
+                   (f"{depth + 5}.weight", 2)):
+        shapes.append(tensors[key].shape if key in tensors else ())
+        expect(len(shapes[-1]) == n, "these are not the weights of a "
+               "ConvMixer with a classifier", f"a {key} of {n} dimensions")
+    stem, depthwise, head = shapes
+    return dict(dim=stem[0], depth=depth, kernel_size=depthwise[3],
+                patch_size=stem[3], num_classes=head[0], in_chans=stem[1])
 
 
 def _assemble(sizes, activation, tensors):
@@ -137,35 +132,31 @@ def _assemble(sizes, activation, tensors):
     with torch.device("meta"):
         model = variant(**sizes, activation=activation)
     wanted = model.state_dict()
-    for key in sorted(wanted.keys() ^ tensors.keys()):
-        what = "is missing" if key in wanted else "is one too many"
-        raise ValueError(f"{key} {what} for a ConvMixer of these sizes")
-    for key, tensor in tensors.items():
-        if tensor.shape != wanted[key].shape:
-            raise ValueError(f"{key} has the shape {tuple(tensor.shape)}, "
-                             f"expected {tuple(wanted[key].shape)}")
+    for key in sorted(wanted.keys() | tensors.keys()):
+        what = "is one too many" if key in tensors else "is missing"
+        expect(key in wanted and key in tensors, f"{key} {what}",
+               "the weights of a ConvMixer of these sizes")
+        has, expected = tuple(tensors[key].shape), tuple(wanted[key].shape)
+        expect(has == expected, f"{key} has the shape {has}", expected)
     model.load_state_dict(tensors, assign=True)
     return model
 
 # %% ../nbs/08_imagenet.ipynb #851c14c4
-_ACTIVATIONS = {nn.GELU: "gelu", nn.ReLU: "relu"}
-_ASIDE = ("global_pool", "pooling", "head_drop")  # these have no weights
-
-
 def _activation(layer):
     "The word for an activation, or a ValueError"
-    name = _ACTIVATIONS.get(type(layer))
-    if name is None or getattr(layer, "approximate", "none") != "none":
-        raise ValueError(f"the model's activation is {layer}, expected "
-                         "GELU() or ReLU()")
-    return name
+    words = {"GELU(approximate='none')": "gelu", "ReLU()": "relu",
+             "ReLU(inplace=True)": "relu"}
+    expect(str(layer) in words, f"the model's activation is {layer}",
+           "GELU() or ReLU()")
+    return words[str(layer)]
 
 
 def _parts(model):
     "(name, what it is) of each layer that a key map must not change"
     kinds = {nn.Conv2d: "Conv2d", nn.BatchNorm2d: "BatchNorm2d"}
+    aside = ("global_pool", "pooling", "head_drop")  # these have no weights
     for name, part in model.named_modules():
-        if [*part.children()] or name.startswith(_ASIDE) or isinstance(
+        if [*part.children()] or name.startswith(aside) or isinstance(
                 part, (nn.AdaptiveAvgPool2d, nn.Flatten)):
             continue
         kind = next((word for known, word in kinds.items()
@@ -178,32 +169,30 @@ def _check_parts(model, ours):
     "Layer by layer the same, also in what no weight tells"
     pairs = zip_longest(_parts(model), _parts(ours), fillvalue=("", "absent"))
     for (name, has), (there, expected) in pairs:
-        if has != expected:
-            name = name or there
-            raise ValueError(f"layer {name} is {has}, expected {expected}: "
-                             "only the plain ConvMixer can be carried over")
+        expect(has == expected, f"layer {name or there} is {has}",
+               f"{expected}: only the plain ConvMixer can be carried over")
 
 
-def _check_said(said, sizes, activation):
-    "A name, if it is a published one, promises sizes and an activation"
+def _check_name(name, sizes, activation):
+    "A published name, timm's or ours, promises sizes and an activation"
     known = {e.timm.split(".")[0]: e for e in PUBLISHED.values()}
-    if said in known:
-        _check_entry(known[said], sizes, activation, said)
-    elif str(said).startswith("convmixer_edu") and activation != "gelu":
-        raise ValueError(f"activation is {activation}, but {said} has gelu: "
-                         "say activation='gelu' if that is meant")
-
-
-def _check_entry(entry, sizes, activation, whose):
-    "The sizes and the activation are those of published weights"
     has = {**sizes, "activation": activation}
-    for key in ("dim", "depth", "kernel_size", "patch_size", "activation"):
-        if has[key] != getattr(entry, key):
-            raise ValueError(f"{key} is {has[key]}, but {whose} has "
-                             f"{getattr(entry, key)}: give what belongs to "
-                             "that name, or another name")
+    promised = {key: getattr(known.get(name), key, None) for key in (
+        "dim", "depth", "kernel_size", "patch_size", "activation")}
+    if str(name).startswith("convmixer_edu"):
+        promised["activation"] = "gelu"
+    for key, value in promised.items():
+        if value is not None and has[key] != value:
+            raise ValueError(f"{key} is {has[key]}, but {name} has {value}: "
+                             "give what belongs to that name, another name, "
+                             "or for weights of your own the activation")
 
 # %% ../nbs/08_imagenet.ipynb #8a8fa55c
+def _copies(model):
+    return {key: tensor.detach().clone()
+            for key, tensor in model.state_dict().items()}
+
+
 def from_timm(
     model: nn.Module,  # timm's ConvMixer
     trust_name: bool = True,  # refuse one that is not what its name says
@@ -211,25 +200,21 @@ def from_timm(
     """timm's ConvMixer as ours, with copies of its weights
 
     Raises `ValueError` for a model that ours cannot be equal to."""
-    if not isinstance(model, timms.ConvMixer):
-        raise ValueError(f"the model is a {type(model).__name__}, expected "
-                         "timm's ConvMixer")
+    expect(isinstance(model, timms.ConvMixer),
+           f"the model is a {type(model).__name__}", "timm's ConvMixer")
     pooling = getattr(model, "pooling", None)  # until timm 1.0.30
     pool = (pooling or model.global_pool).pool_type
     drop = model.head_drop.p
-    if pool not in ("avg", "fast") or drop:
-        raise ValueError(f"the model has global_pool={pool!r} and drop_rate="
-                         f"{drop}, expected 'avg' and 0")
+    expect(pool in ("avg", "fast") and not drop, "the model has global_pool="
+           f"{pool!r} and drop_rate={drop}", "'avg' and 0")
     activation = _activation(model.stem[1])
-    tensors = {key: tensor.detach().clone()
-               for key, tensor in model.state_dict().items()}
-    tensors = rename(tensors, key_map(len(model.blocks)))
+    tensors = rename(_copies(model), key_map(len(model.blocks)))
     sizes = sizes_of(tensors)
     ours = _assemble(sizes, activation, tensors)
     _check_parts(model, ours)
     if trust_name:
         cfg = getattr(model, "pretrained_cfg", None) or {}
-        _check_said(cfg.get("architecture"), sizes, activation)
+        _check_name(cfg.get("architecture"), sizes, activation)
     return ours.train(model.training)
 
 # %% ../nbs/08_imagenet.ipynb #3fda4269
@@ -239,11 +224,9 @@ def to_timm(
     """Our ConvMixer as timm's, with copies of its weights
 
     Raises `ValueError` for a model that timm's cannot be equal to."""
-    tensors = {key: tensor.detach().clone()
-               for key, tensor in model.state_dict().items()}
+    tensors = _copies(model)
     sizes = sizes_of(tensors)
-    activation = _activation(model[1])
-    _check_parts(model, _assemble(sizes, activation, tensors))
+    _check_parts(model, _assemble(sizes, _activation(model[1]), tensors))
     back = {ours: timm for timm, ours in key_map(sizes["depth"]).items()}
     with torch.device("meta"):
         twin = timms.ConvMixer(**sizes, act_layer=type(model[1]))
@@ -262,66 +245,47 @@ def read_weights(
     if not file.is_file():
         raise CheckpointError(f"there is no file {file}: expected weights, "
                               "as .safetensors or .pth")
-    safe = file.suffix == ".safetensors"
-    found = _read_safe(file) if safe else _read_torch(file)
-    tensors, said = _unwrap(found, file)
-    said = said or _said_beside(file)
-    for key, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise CheckpointError(f"{file} is damaged: {key} holds values "
-                                  "that are no numbers, fetch it again")
-    if "stem.0.weight" in tensors:  # timm's keys
-        depth = len({key.split(".")[1] for key in tensors
-                     if key.startswith("blocks.")})
-        try:
-            tensors = rename(tensors, key_map(depth))
-        except ValueError as error:
-            raise CheckpointError(f"{file} does not fit: {error}") from None
-    return tensors, said
+    found = _read(file)
+    try:
+        tensors, name = _unwrap(found, file)
+        for key, tensor in tensors.items():
+            expect(tensor.isfinite().all(), f"it is damaged: {key} holds "
+                   "values that are no numbers", "numbers: fetch it again")
+        if "stem.0.weight" in tensors:  # timm's keys
+            blocks = {key.split(".")[1] for key in tensors
+                      if key.startswith("blocks.")}
+            tensors = rename(tensors, key_map(len(blocks)))
+    except ValueError as error:
+        raise CheckpointError(f"{file} does not fit: {error}") from None
+    return tensors, name or _name_beside(file)
 
 # %% ../nbs/08_imagenet.ipynb #be5ead14
-def _why(error):
-    "The first sentence of another library's message"
-    text = str(error).strip() or type(error).__name__
-    return text.split("\n")[0].split(". ")[0].rstrip(".")
-
-
-def _read_safe(file):
-    "The tensors of a safetensors file, or a CheckpointError"
-    try:
-        with safe_open(file, "pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file} is damaged or no safetensors file ({_why(error)}): "
-            "fetch it again; a pickled file ends in .pth") from None
-
-
-def _read_torch(file):
-    "What a .pth holds, tensors and plain values only"
+def _read(file):
+    "What a file holds, of a pickle tensors and plain values only"
+    safe = file.suffix == ".safetensors"
     try:  # timm's training script keeps its arguments in a Namespace
         with (warnings.catch_warnings(),
               torch.serialization.safe_globals([argparse.Namespace])):
             warnings.simplefilter("ignore")  # about how it was pickled
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return load_file(file) if safe else torch.load(
+                file, map_location="cpu", weights_only=True)
     except Exception as error:  # its readers have many kinds
-        why = (_why(error) if isinstance(error, (OSError, RuntimeError)) else
-               "it is damaged, or holds code or objects besides tensors, of "
-               "which nothing was run")
-        raise CheckpointError(f"{file} cannot be read as weights ({why}): "
-                              "expected a dict of tensors") from None
+        why = "holds code or objects besides tensors, of which nothing was run"
+        if isinstance(error, (OSError, RuntimeError, SafetensorError)):
+            why = f"is no {'safetensors' if safe else 'torch'} file " \
+                f"({brief(error)})"
+        raise CheckpointError(f"{file} cannot be read as weights: it is "
+                              f"damaged, or {why}, expected a dict of "
+                              "tensors") from None
 
 
-def _said_beside(file):
+def _name_beside(file):
     "The architecture that a config.json beside the file tells, as on the Hub"
     beside = file.with_name("config.json")
-    if not beside.is_file():  # none, or a pipe that might never answer
-        return None
-    try:
-        note = json.loads(beside.read_text("utf8"))
-    except (OSError, ValueError):
-        return None
-    return note.get("architecture") if isinstance(note, dict) else None
+    with suppress(OSError, ValueError, AttributeError):
+        if beside.is_file():  # not a pipe, which might never answer
+            return json.loads(beside.read_text("utf8")).get("architecture")
+    return None
 
 
 _WRAPPINGS = (  # averaged weights first, as in timm
@@ -339,25 +303,21 @@ def _may_hold(found):
 
 def _unwrap(found, file):
     "The named tensors inside what training scripts put around them"
-    said = None
+    name = None
     while isinstance(found, dict) and (inner := [
             key for key in _WRAPPINGS if _may_hold(found.get(key))]):
         if len(inner) > 1:
-            _tell(f"{file} holds weights as {', '.join(inner)}: {inner[0]} "
-                  "is taken")
-        said, found = found.get("arch") or said, found[inner[0]]
-    if not isinstance(found, dict) or not found or not all(
-            isinstance(t, Tensor) and t.layout == torch.strided
-            for t in found.values()):
-        raise CheckpointError(f"{file} holds no weights: expected a dict of "
-                              "tensors, alone or as its 'state_dict'")
-    tensors = {}
-    for key, tensor in found.items():
-        key = _BEGINS.sub("", str(key))
-        dtype = torch.float32 if tensor.is_floating_point() else None
-        # copied, lest it be a view of a file that may change
-        tensors[key] = tensor.to(dtype=dtype, copy=True)
-    return tensors, said
+            tell(f"{file} holds weights as {', '.join(inner)}: {inner[0]} "
+                 "is taken")
+        name, found = found.get("arch") or name, found[inner[0]]
+    expect(isinstance(found, dict) and found and all(
+        isinstance(t, Tensor) and t.layout == torch.strided
+        for t in found.values()), "it holds no weights",
+        "a dict of tensors, alone or as its 'state_dict'")
+    return {  # copied, lest one be a view of a file that may change
+        _BEGINS.sub("", str(key)): tensor.to(
+            torch.float32 if tensor.is_floating_point() else None, copy=True)
+        for key, tensor in found.items()}, name
 
 # %% ../nbs/08_imagenet.ipynb #1d034cc3
 def load_pretrained(
@@ -387,13 +347,12 @@ def load_pretrained(
 
 def _from_file(entry, file, activation=None):
     "The network of an entry with the weights of a file, checked"
-    tensors, said = read_weights(file)
+    tensors, name = read_weights(file)
     activation = activation or entry.activation
-    whose = entry.timm.split(".")[0]
     try:
-        found = sizes_of(tensors)
-        _check_entry(entry, found, entry.activation, whose)
-        _check_said(said, found, activation)
+        sizes = sizes_of(tensors)
+        _check_name(entry.timm.split(".")[0], sizes, entry.activation)
+        _check_name(name, sizes, activation)
         return _assemble(entry.sizes, activation, tensors).eval()
     except ValueError as error:
         raise CheckpointError(f"{file} does not fit: {error}") from None
@@ -408,21 +367,20 @@ def fetch_weights(
     Raises `CheckpointError` when the Hub cannot be reached."""
     entry = find_published(name)
     settings = entry.settings
-    repo = settings.hf_hub_id.partition("@")[0]
-    ask = dict(repo_id=repo, revision=entry.revision,
-               filename=settings.hf_hub_filename or "model.safetensors")
+    ask = dict(repo_id=settings.hf_hub_id.partition("@")[0],
+               filename=settings.hf_hub_filename or "model.safetensors",
+               revision=entry.revision)
     if not again:
         with suppress(FileNotFoundError):  # the Hub's kind is one, too
             return Path(hf_hub_download(**ask, local_files_only=True))
     try:
-        if not _hub_reachable():
-            raise OSError("it does not answer")
-        return Path(hf_hub_download(**ask, force_download=again))
+        return Path(hf_hub_download(**ask, force_download=again,
+                                    etag_timeout=3))
     except Exception as error:  # of the network, the disk, the Hub
         raise CheckpointError(
-            f"the weights of {name} cannot be fetched from {repo} on the "
-            f"Hugging Face Hub ({_why(error)}): connect, or give a file"
-        ) from None
+            f"the weights of {name} cannot be fetched from {ask['repo_id']} "
+            f"on the Hugging Face Hub ({brief(error)}): connect, or give a "
+            "file") from None
 
 
 def _from_cache(entry, path):
@@ -433,8 +391,8 @@ def _from_cache(entry, path):
     if len(link) == 64 and digest != link:  # a large file's name there
         raise CheckpointError(f"{path} in the Hub's cache is damaged")
     if entry.sha256 is None:
-        _tell(f"{path} could not be compared with what was published: we "
-              f"know no checksum; it has the SHA-256 {digest}")
+        tell(f"{path} could not be compared with what was published: we "
+             f"know no checksum; it has the SHA-256 {digest}")
     elif digest != entry.sha256:
         raise CheckpointError(f"{path} is not the file that was published: "
                               f"its SHA-256 is {digest}, expected "
@@ -455,157 +413,35 @@ def targets(
         return [synsets[name] for name in names]
     if all(name.isdecimal() and int(name) < classes for name in names):
         return [int(name) for name in names]
-    if len(names) == classes:
-        return list(range(classes))
-    raise ValueError(
-        f"the data have {len(names)} classes ({', '.join(names[:3])}, ...), "
-        f"the network knows {classes}: name the folders by WordNet id, such "
-        "as n01440764, or by number")
+    expect(len(names) == classes, f"the data have {len(names)} classes "
+           f"({', '.join(names[:3])}, ...), the network knows {classes}",
+           "folders named by WordNet id, such as n01440764, or by number")
+    return list(range(classes))
 
 # %% ../nbs/08_imagenet.ipynb #6b45c77c
-def _open(file, name):
-    "A picture lying as it was stored: so the accuracies were taken"
-    return open_image(file, name, upright=False)
-
-
-class _Files(Dataset):
-    "Pictures in files; timm's loader sets `transform`"
+class Judged(Dataset):
+    "Pictures and the right answers; timm's loader sets `transform`"
     transform = None
 
-    def __init__(self, rows):
-        self.rows = rows  # (file, label) each
+    def __init__(
+        self,
+        pictures,  # as `open_source` gives them
+        numbers: list[int],  # the network's number of each class
+        first: int = 0,  # so many were seen before
+    ):
+        for i, label in enumerate(pictures.labels):
+            expect(label in range(len(numbers)), f"image {i} has no label",
+                   "a split with labels, such as validation")
+        self.pictures, self.numbers, self.first = pictures, numbers, first
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.pictures) - self.first
 
     def __getitem__(self, i):
-        file, label = self.rows[i]
-        return self.transform(_open(file, file)), label
-
-
-class _TableRows(Dataset):
-    "Pictures in parquet files"
-    transform = None
-
-    def __init__(self, table, numbers, first):
-        self.table, self.first = table, first
-        self.numbers = [_known(i, label, numbers)
-                        for i, label in enumerate(table.labels)]
-
-    def __len__(self):
-        return len(self.numbers) - self.first
-
-    def __getitem__(self, i):
-        name, file = self.table[i + self.first]
-        return (self.transform(_open(file, name)),
-                self.numbers[i + self.first])
-
-
-class _Rows(IterableDataset):
-    "Pictures that come by row from the Hub"
-    transform = None
-
-    def __init__(self, table, picture, label, numbers, first):
-        self.table, self.picture, self.label = table, picture, label
-        self.numbers, self.first = numbers, first
-
-    def __iter__(self):
-        for i, row in enumerate(self.table.skip(self.first), self.first):
-            file = _hub_file(row[self.picture], f"image {i}")
-            number = _known(i, row[self.label], self.numbers)
-            yield self.transform(_open(file, f"image {i}")), number
-
-
-def _known(i, label, numbers):
-    "The network's number of a label; ValueError if image i has none"
-    if label is None or not 0 <= label < len(numbers):
-        raise ValueError(f"image {i} has no label: expected a split "
-                         "with labels, such as validation")
-    return numbers[label]
-
-# %% ../nbs/08_imagenet.ipynb #4e29b7b6
-@dataclass(frozen=True)
-class _Source:
-    "Pictures somewhere, not yet read"
-    names: tuple[str, ...]  # of the classes
-    count: int | None  # how many; None: not known before the end
-    mark: str  # changes when the pictures do
-    start: object  # (first, the network's number of each class): a Dataset
-
-
-_SPLITS = {"train", *_TESTS}
-
-
-def _folder_source(folder, split):
-    "A folder of class folders, or such in val/ or validation/"
-    parts = {p.name: p for p in folder.iterdir() if p.name in _SPLITS}
-    if split not in parts and "train" in parts and not set(parts) - {"train"}:
-        raise ValueError(f"{folder} has no {split}: give --split or the "
-                         "folder with the classes in it")
-    files = _class_files(_pick_split(parts, split, folder) if parts
-                         else folder)
-    rows = [(str(file), i) for i, several in enumerate(files.values())
-            for file in several]
-    if not rows:
-        raise ValueError(f"{folder} is empty, expected a folder of images "
-                         "for each class")
-    told = [(name[len(str(folder)):], os.path.getsize(name), i)
-            for name, i in rows]
-    return _Source(
-        tuple(files), len(rows), repr(told),
-        lambda first, numbers: _Files([(f, numbers[i])
-                                       for f, i in rows[first:]]))
-
-# %% ../nbs/08_imagenet.ipynb #331316c5
-def _parquet_source(splits, source, split):
-    "Parquet files in a folder"
-    files = _pick_split(splits, split, source)
-    table = _ParquetTable(files, source, files)
-    mark = f"{source} {split}"
-    mark += repr([(f.name, f.stat().st_size) for f in files])
-    return _Source(table.classes, len(table), mark,
-                   lambda first, numbers: _TableRows(table, numbers, first))
-
-
-def _hub_source(source, split):
-    "A dataset on the Hub, row by row"
-    revision = _REVISIONS.get(source)
-    mark = f"{source} {revision} {split}"
-    if not _hub_reachable():
-        raise ValueError(f"{source} is no folder here and the Hugging Face "
-                         "Hub cannot be reached: give a folder")
-    datasets = _datasets()
-    try:
-        table = datasets.load_dataset(source, split=split, streaming=True,
-                                      revision=revision)
-    except Exception as error:  # datasets' and the Hub's kinds
-        raise ValueError(f"{source} cannot be read: "
-                         f"{_why(error)}") from None
-    picture, label, names = _columns(table.features.arrow_schema, source)
-    if names is None:
-        raise ValueError(f"{source} has no names for its classes: expected "
-                         "a label column of the kind ClassLabel")
-    known = (table.info.splits or {}).get(split)
-    table = table.select_columns([picture, label]).cast_column(
-        picture, datasets.Image(decode=False))
-    return _Source(tuple(names), known and known.num_examples, mark,
-                   lambda first, numbers: _Rows(table, picture, label,
-                                                numbers, first))
-
-
-def _find_source(source, split):
-    "Where the pictures are, whatever kind it is; ValueError if it is none"
-    source = os.fspath(source)
-    if _kind(source) == "digits":
-        raise ValueError("digits are no photographs: give a folder of "
-                         "images, or a dataset on the Hub")
-    if _kind(source) == "hub":
-        return _hub_source(source, split)
-    folder = expand(source)
-    files = _parquet_files(folder)
-    if files:
-        return _parquet_source(files, source, split)
-    return _folder_source(folder, split)
+        name, file = self.pictures[self.first + i]
+        image = open_image(file, name, upright=False)
+        label = self.pictures.labels[self.first + i]
+        return self.transform(image), self.numbers[label]
 
 # %% ../nbs/08_imagenet.ipynb #573458c8
 class Tally:
@@ -653,14 +489,12 @@ class Tally:
                 "confusion": torch.cat([pairs, counts[:, None]], 1).tolist()}
 
 # %% ../nbs/08_imagenet.ipynb #0bd79821
-def _progress(name, model, source, split, settings):
+def _progress(name, model, *decisive):
     "The file that keeps what is known so far, if there is a place for it"
     folder = cache_folder()
     if folder is None:
         return None
-    digest = hashlib.sha256(repr((
-        name, split, source.names, source.mark, settings.crop_pct,
-        settings.interpolation, settings.input_size)).encode())
+    digest = hashlib.sha256(repr((name, decisive)).encode())
     for tensor in model.state_dict().values():
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8)
                       .numpy())
@@ -709,27 +543,29 @@ def evaluate_pretrained(
 
     Pictures are read as they are needed. Killed and called again, it goes on
     and ends with the same numbers. Raises `ValueError` in one sentence."""
-    found = _find_source(source, split)
-    if found.count == 0:
-        raise ValueError(f"{source} has no images in split {split}")
-    settings = find_published(name).settings
-    numbers = targets(found.names, settings.num_classes)
+    source, settings = os.fspath(source), find_published(name).settings
+    expect(source_kind(source) != "digits", "digits are no photographs",
+           "a folder of images, or a dataset on the Hub")
+    files = list_files(source, split, alone=True)
+    pictures = open_source(source, split, files)
+    expect(len(pictures), f"{source} has no images in split {split}", "some")
+    numbers = targets(pictures.classes, settings.num_classes)
     device, model = choose_device(device), load_pretrained(name, file)
-    note = _progress(name, model, found, split, settings)
+    note = _progress(name, model, source, split, pictures.classes,
+                     source_state(source, files), settings.crop_pct,
+                     settings.interpolation, settings.input_size)
     tally = _pick_up(note, settings.num_classes)
     before, began = tally.done, time.monotonic()
     model, saved = model.to(device), began
-    for x, y in _batches(found.start(before, numbers), settings, batch_size,
-                         workers, device):
+    for x, y in _batches(Judged(pictures, numbers, before), settings,
+                         batch_size, workers, device):
         with torch.inference_mode():
             tally.add(model(x), y)
         if time.monotonic() - saved >= save_seconds:
             _keep(note, tally)
             saved = time.monotonic()
             if report:
-                report({"done": tally.done, "images": found.count})
-    if not tally.done:
-        raise ValueError(f"{source} has no images in split {split}")
+                report({"done": tally.done, "images": len(pictures)})
     if note is not None:
         note.unlink(missing_ok=True)
     seconds = time.monotonic() - began
@@ -741,16 +577,14 @@ def evaluate_pretrained(
 
 def _batches(pictures, settings, batch_size, workers, device):
     "Images and labels on the device, made by timm's own loader"
-    if isinstance(pictures, _Rows):
-        workers = min(workers, 1)  # each would bring every row
+    if not len(pictures):
+        return  # all of them were seen before it was killed
     loader = create_loader(
         pictures, settings.input_size, batch_size, mean=settings.mean,
         std=settings.std, crop_pct=settings.crop_pct,
         interpolation=settings.interpolation, num_workers=workers,
         device=device, pin_memory=device.type == "cuda",
         persistent_workers=False)
-    if isinstance(pictures, (_Files, _TableRows)) and not len(pictures):
-        return  # all of them were seen before it was killed
     try:
         yield from loader
     except ValueError as error:  # a worker's comes with its traceback

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['VISITS', 'Workload', 'step_flops', 'step_bytes', 'ceilings', 'Floor', 'floor', 'Choice', 'choices',
-           'CompiledSequential', 'prepare', 'frozen', 'Recorded', 'make_step', 'time_step', 'probe', 'known', 'choose',
-           'remember', 'remember_all', 'profile_step', 'measure']
+           'CompiledSequential', 'prepare', 'frozen', 'Recorded', 'make_step', 'time_step', 'probe', 'choice_key',
+           'read_choices', 'known', 'choose', 'fastest', 'remember', 'profile_step']
 
 # %% ../nbs/P2_speed.ipynb #c5efb5c8
 import contextlib
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from .anatomy import count_macs, count_parameters
-from .checkpoint import CheckpointError, write_atomically
+from .checkpoint import CheckpointError, write_json
 from .data import cache_folder, is_own, make_private
 from .depthwise import (can_use, fast_depthwise,
                                      keep_compiled_code_private)
@@ -386,7 +386,7 @@ def _timed(work, choice, device, best=0.0):
     return replace(choice, images_per_second=work.batch_size / took)
 
 # %% ../nbs/P2_speed.ipynb #19cb412b
-def _key(work, device):
+def choice_key(work: Workload, device: torch.device) -> str:
     "All that a choice depends on, as text"
     return json.dumps([device_name(device), torch.__version__,
                        torch.get_num_threads(), asdict(work)])
@@ -398,13 +398,15 @@ def _cache_file():
     return folder and folder / "speed.json"
 
 
-def _read_cache(file=None):
+def read_choices(
+    file: Path | None = None,  # another speed.json; None: one's own
+) -> dict[str, Choice]:  # by `choice_key`
     "The choices kept; a damaged file or another user's counts as none"
-    ours = _cache_file()
-    if file is None and (ours is None or not is_own(ours)):
+    file, ours = file or _cache_file(), file is None
+    if file is None or ours and not is_own(file):
         return {}
     try:
-        kept = json.loads((file or ours).read_text())
+        kept = json.loads(file.read_text())
         return {key: Choice(**fields) for key, fields in kept.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
@@ -415,7 +417,7 @@ def known(
     device: torch.device,
 ) -> Choice | None:
     "The setting kept for this workload on this machine, if there is one"
-    return _read_cache().get(_key(work, device))
+    return read_choices().get(choice_key(work, device))
 
 
 def choose(
@@ -430,13 +432,13 @@ def choose(
     default). Raises `RuntimeError` when no setting works."""
     if found := known(work, device):
         return found
-    best = _best(probe(work, device, seconds, report), device)
-    remember(work, device, best)
+    best = fastest(probe(work, device, seconds, report), device)
+    remember({choice_key(work, device): best})
     return best
 
 
-def _best(timed, device):
-    "The fastest setting"
+def fastest(timed: list[Choice], device: torch.device) -> Choice:
+    "Of settings that were timed; `RuntimeError` when none works"
     best = max(timed, key=lambda choice: choice.images_per_second)
     if not best.images_per_second:
         raise RuntimeError(f"no setting works on {device} ({best.reason}): "
@@ -445,31 +447,16 @@ def _best(timed, device):
 
 # %% ../nbs/P2_speed.ipynb #e46b6cb2
 def remember(
-    work: Workload,
-    device: torch.device,
-    best: Choice,
+    found: dict[str, Choice],  # by `choice_key`; others do no harm
 ) -> None:
-    "Let `choose` find a setting that was measured elsewhere on this machine"
-    _keep({_key(work, device): best})
-
-
-def remember_all(
-    file: Path,  # another speed.json; settings of other machines do no harm
-) -> None:
-    "Let `choose` find the settings that another cache knows"
-    _keep(_read_cache(file))
-
-
-def _keep(new):
-    "Add to the cache; another process may have written to it meanwhile"
+    "Let `choose` find settings that were measured here or elsewhere"
     file = _cache_file()
     if file is None:
         return
-    kept = {**_read_cache(), **new}
-    text = json.dumps({k: asdict(c) for k, c in kept.items()}, indent=1)
+    kept = {**read_choices(), **found}  # others may have written meanwhile
     with contextlib.suppress(OSError, CheckpointError):  # a disk that is full
         make_private(file.parent)
-        write_atomically(file, text.encode())
+        write_json(file, {key: asdict(c) for key, c in kept.items()})
 
 # %% ../nbs/P2_speed.ipynb #69e180be
 def profile_step(
@@ -495,29 +482,3 @@ def profile_step(
     total = sum(took.values()) or 1.0
     ranked = sorted(took.items(), key=lambda pair: -pair[1])[:top]
     return [(name, t / total) for name, t in ranked]
-
-# %% ../nbs/P2_speed.ipynb #feb059e5
-def measure(
-    work: Workload,
-    device: torch.device,
-    seconds: float = 240.0,  # for all; what is not reached is left out
-    report=None,  # called with each `Choice` as it is timed
-) -> dict:
-    "A record of a workload: probe, ceilings, floor, a profile of the best"
-    deadline = time.monotonic() + seconds
-    timed = probe(work, device, 0.7 * seconds, report)
-    best = _best(timed, device)
-    dtype = getattr(torch, best.dtype)
-    rates = ceilings(device, dtype)
-    limit = floor(work, rates, dtype)
-    names = []
-    if time.monotonic() < deadline:
-        torch._dynamo.reset()
-        names = profile_step(make_step(work, best, device), device)
-    return {"device": device_name(device), "torch": torch.__version__,
-            "threads": torch.get_num_threads(), "work": asdict(work),
-            "probe": [asdict(c) for c in timed], "best": asdict(best),
-            "ceilings": {"flops": rates[0], "bytes": rates[1]},
-            "floor": asdict(limit),
-            "part_of_floor": limit.seconds * best.images_per_second
-            / work.batch_size, "profile": names}

@@ -28,6 +28,7 @@ from .claims import claim
 from .data import load_images, resolve_source
 from .escape import markdown
 from .ledger import KEPT, adopt, keep, recorded
+from .machine import choose_device
 from .recipe import Config
 from .train import Diverged, TrainingError, train
 
@@ -210,6 +211,7 @@ def sweep(
     Raises `ValueError` for a folder whose records are not in order, and
     what `train` raises."""
     out, source = Path(out), resolve_source(source)
+    choose_device(device)  # before there is a folder
     for scale in {task.scale for task in tasks}:
         records(scale, out)  # every seal and every recipe
     if jobs == 1:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+from importlib.resources import files
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
@@ -172,8 +173,46 @@ def test_colab_button_leads_to_the_notebook(built, page):
     config = get_config(path=ROOT)
     wanted = (f"https://colab.research.google.com/github/{config.user}/{config.repo}"
               f"/blob/{reference(config)}/{page}.ipynb")
-    found = {link["href"] for link in soup(page).select("a[href*='colab.research.google.com']")}
+    found = {link["href"] for link in soup(page).select(".header-article a[href*='colab.research.google.com']")}
     assert found == {wanted}
+
+
+def test_the_first_page_opens_the_first_chapter_in_colab(built):
+    (link,) = soup(TOC["root"]).select("article a[href*='colab.research.google.com']")
+    assert link["href"].endswith(f"/blob/{reference(get_config(path=ROOT))}/{PAGES[1]}.ipynb")
+
+
+def test_the_first_page_calls_each_page_by_its_title(built):
+    """Cards, sidebar and pages agree: one page, one name."""
+    cards = {card["href"]: card.get_text() for card in soup(TOC["root"]).select("article section section li > p > a, "
+                                                                                "article section section li > a")}
+    sidebar = {link["href"]: link.get_text(strip=True) for link in soup(TOC["root"]).select("nav.bd-links a.internal")}
+    for page in PAGES[1:]:
+        title = soup(page).select_one("article h1").find(string=True, recursive=False)
+        assert cards[f"{Path(page).name}.html"] == title, page
+        assert sidebar[f"{Path(page).name}.html"] == title, page
+    assert len(cards) == len(PAGES) - 1
+
+
+@every_page
+def test_a_page_tells_others_what_it_is_about(built, page):
+    said = {tag.get("property") or tag.get("name"): tag["content"] for tag in soup(page).select("head meta[content]")}
+    assert len(said["description"]) > 20 and said["description"] == said["og:description"]
+    assert said["og:title"] == soup(page).select_one("article h1").find(string=True, recursive=False)
+    assert (HTML / "_static" / Path(said["og:image"]).name).exists()
+    assert said["og:url"] in (HTML / "sitemap.xml").read_text("utf8") and said["og:url"].endswith(f"/{page}.html")
+
+
+@every_notebook
+def test_long_code_is_folded_and_says_what_it_is(built, page):
+    """Imports, long exported code and drawings are behind a line; no cell of a page is lost by it."""
+    shown = [cell for cell in soup(page).select("article div.cell_input") if not cell.find_parent("details")]
+    for cell in shown:
+        lines = [line for line in cell.get_text().split("\n") if line]
+        assert not all(re.match(r"(import|from) |\s|\)", line) for line in lines), lines[0]
+    for fold in soup(page).select("article details.fold"):
+        label, lines = fold.summary.get_text(), len(fold.pre.get_text().rstrip("\n").split("\n"))
+        assert label in {"Imports", "The check"} or label.endswith(f", {lines} line{'s' * (lines > 1)}"), label
 
 
 @every_notebook
@@ -220,6 +259,19 @@ def test_page_in_a_browser(site, tab, page):
         assert tab.evaluate("document.querySelectorAll('mjx-merror').length") == 0, "a broken formula"
         formulas = tab.evaluate("document.querySelectorAll('article .math').length")
         assert tab.evaluate("document.querySelectorAll('article mjx-container').length") >= formulas
+
+
+@every_page
+def test_no_rule_of_accessibility_is_broken(site, tab, page):
+    """axe finds nothing, in either theme."""
+    rules = files("axe_core_python").joinpath("axe.min.js").read_text("utf8")
+    for dark in (False, True):
+        tab.look(1280, dark=dark)
+        tab.open(f"{site}{page}.html")
+        tab.evaluate(f"{rules}; 1")
+        broken = tab.evaluate("axe.run(document, {resultTypes: ['violations']}).then(found => found.violations.map("
+                              "rule => `${rule.id}: ${rule.nodes[0].html.slice(0, 200)}`))")
+        assert broken == []
 
 
 TYPE = """(text => { const form = document.querySelectorAll('form.exercise')[NUMBER]

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -22,9 +23,11 @@ import torch
 from conftest import HOUR, offline
 from PIL import Image
 
-from convmixer_edu import __version__, anatomy, checkpoint, cli
+from convmixer_edu import __version__, anatomy, checkpoint, cli, watch
+from convmixer_edu.ablate import SCALES
 from convmixer_edu.checkpoint import read_checkpoint
-from convmixer_edu.recipe import PRESETS, Config
+from convmixer_edu.pretrained import PUBLISHED
+from convmixer_edu.recipe import PRESETS
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 PROGRAM = Path(sys.executable).with_name("convmixer")
@@ -123,10 +126,11 @@ def test_version():
     assert works("--version") == f"convmixer {__version__}\n"
 
 
-def test_presets_are_those_of_the_trainer():
-    assert cli.PRESET_NAMES == tuple(PRESETS)
-    helped = re.sub(r"\s+", " ", works("train --help"))
-    assert all(name in helped for name in PRESETS)
+def test_names_are_those_of_the_library():
+    helped = re.sub(r"\s+", " ", works("train --help") + works("ablate --help"))
+    assert all(name in helped for name in (*PRESETS, *SCALES))
+    for written, known in ((cli.Preset, PRESETS), (cli.Scale, SCALES), (cli.Published, PUBLISHED)):
+        assert get_args(written) == tuple(known)
 
 
 # ---------------------------------------------------------------- info
@@ -413,10 +417,10 @@ def test_the_home_folder_may_be_written_as_a_tilde(trained, tmp_path, monkeypatc
 def test_a_folder_that_a_desktop_has_looked_into_is_still_empty(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".DS_Store").write_text("x")
-    assert cli._check_folder(tmp_path / "run", False) is None
-    (tmp_path / "run" / "notes.txt").write_text("x")
-    with pytest.raises(cli.Failure, match="run is not empty"):
-        cli._check_folder(tmp_path / "run", False)
+    works(f"train --out run {TINY}")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("x")
+    fails(f"train --out other {TINY}", "other is not empty")
 
 
 def test_class_names_on_a_terminal_of_ascii(tmp_path):
@@ -441,13 +445,14 @@ def test_pictures_of_several_sizes_are_told_in_the_words_of_the_command(tmp_path
     ("trian", ["No such command 'trian'"]),
     ("--colour", ["No such option", "--colour"]),
     ("train", ["--out", "convmixer train --help"]),
-    ("train --out run --preset fast", ["no preset 'fast'", "quick, digits, light25"]),
+    ("train --out run --preset fast", ["'fast' is not one of", "'quick', 'digits', 'light25'"]),
     ("train --out run --set speed=1", ["no setting 'speed'", "kernel_size"]),
     ("train --out run --set lr", ["key=value", "'lr'"]),
     ("train --out run --set =1", ["key=value"]),
     ("train --out run --set lr=1 --set lr=2", ["lr is given twice"]),
     ("train --out run --epochs 1 --set epochs=1", ["epochs is given twice"]),
     ("train --out run --set lr=fast", ["lr is 'fast'", "float"]),
+    ("train --out run --set dim=8.5", ["dim is '8.5'", "int"]),
     ("train --out run --set lr=nan", ["lr is nan"]),
     ("train --out run --set flip=maybe", ["flip is 'maybe'", "bool"]),
     ("train --out run --set dim=0", ["dim", "0"]),
@@ -457,15 +462,15 @@ def test_pictures_of_several_sizes_are_told_in_the_words_of_the_command(tmp_path
     ("train --out run --epochs many", ["--epochs", "integer"]),
     ("train --out run --seed -1", ["--seed"]),
     ("train --out run --seed 99999999999999999999", ["--seed"]),
-    ("train --out run --device gpu", ["no device 'gpu'", "cuda"]),
+    ("train --out run --preset digits --device gpu", ["device 'gpu' cannot be used here", "cuda"]),
     ("train --out run --device cuda:77", ["cuda:77", "try cpu"]),
     ("train --out run --data nowhere", ["no folder nowhere", "digits"]),
     ("train --out run --preset quick --set patch_size=9", ["patch_size is 9", "8 x 8"]),
-    ("train --out run --resume", ["run holds no run", "without --resume"]),
+    ("train --out run --resume", ["run holds no run", "config.json is missing"]),
     ("evaluate run", ["run holds no run"]),
     ("evaluate", ["RUN"]),
-    ("evaluate . --device tpu", ["no device 'tpu'"]),
-    ("predict run a.png", ["run holds no run"]),
+    ("predict run a.png", ["no file a.png"]),
+    ("predict run .", ["run holds no finished run"]),
     ("predict run", ["IMAGE"]),
     ("predict", ["IMAGE"]),
     ("predict --pretrained", ["IMAGE"]),
@@ -473,9 +478,9 @@ def test_pictures_of_several_sizes_are_told_in_the_words_of_the_command(tmp_path
     ("train --out run --price -1", ["--price"]),
     ("predict run a.png --top 0", ["--top"]),
     ("export run", ["--onnx FILE", "--torch-export FILE"]),
-    ("export run --torch-export net.pt2", ["run holds no run"]),
+    ("export run --torch-export net.pt2", ["run holds no finished run"]),
     ("export --torch-export gone/net.pt2", ["no folder gone"]),
-    ("export --torch-export net.pt2 --device tpu", ["no device 'tpu'"]),
+    ("export --torch-export net.pt2 --device tpu", ["device 'tpu' cannot be used here"]),
     ("export --torch-export net.pt2 --device cuda:99", ["device 'cuda:99' cannot be used here"]),
     ("info --dim ten", ["--dim", "integer"]),
     ("info --depth 0", ["depth", "0"]),
@@ -556,7 +561,7 @@ def test_runs_that_are_none(trained, tmp_path):
         for line in (f"evaluate {part}", f"predict {part} {image}"):
             fails(line, name, "missing")
     fails(f"evaluate {trained / 'model.safetensors'}", "holds no run")
-    fails(f"predict {image} {image}", "holds no run")
+    fails(f"predict {image} {image}", "holds no finished run")
 
 
 @pytest.mark.parametrize("name, content, words", [
@@ -616,14 +621,6 @@ def test_pictures_are_refused_in_our_words(trained, content):
     Path("odd.png").write_bytes(content)
     _, _, err = call(f"predict {trained} odd.png")
     assert err == "convmixer: odd.png is not an image that can be read: its bytes are no picture\n"
-
-
-def test_weights_that_were_changed(trained, tmp_path):
-    broken = shutil.copytree(trained, tmp_path / "broken")
-    content = bytearray((broken / "model.safetensors").read_bytes())
-    content[-1] ^= 1
-    (broken / "model.safetensors").write_bytes(content)
-    fails(f"predict broken {picture(tmp_path / 'a.png')}", "checksum")
 
 
 def test_pictures_that_are_none(trained, tmp_path):
@@ -692,7 +689,7 @@ def test_a_bug_shows_where_it_is(monkeypatch):
         cli.main(["train", "--out", "run"])
     monkeypatch.setenv("CONVMIXER_DEBUG", "1")
     with pytest.raises(cli.Failure):
-        cli.main(["train", "--out", "run", "--preset", "fast"])
+        cli.main(["train", "--out", "run", "--set", "fast"])
 
 
 def test_warnings_are_one_line(trained, tmp_path):
@@ -730,13 +727,13 @@ def test_one_bar_on_a_terminal_only(monkeypatch, capsys, env, bar):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "stderr", Screen())
-    with cli._Watch(as_json=False) as watch:
+    with watch.Bar() as tell:
         for step in (1, 99, 100):
-            watch({"event": "step", "epoch": 200, "epochs": 200, "step": step, "steps": 100, "loss": 2.25,
+            tell({"event": "step", "epoch": 200, "epochs": 200, "step": step, "steps": 100, "loss": 2.25,
                    "images_per_second": 12345.6, "seconds_left": 3725.4})
-        watch({"event": "epoch", "epoch": 200, "epochs": 200, "loss": 2.0, "held_out_accuracy": 91.26})
-        if watch.bar:
-            watch.bar.refresh()
+        tell({"event": "epoch", "epoch": 200, "epochs": 200, "loss": 2.0, "held_out_accuracy": 91.26})
+        if tell.bar:
+            tell.bar.refresh()
     screen, lines = sys.stderr.getvalue(), capsys.readouterr().out
     facts = "loss 2.000  accuracy 91.3 %  12,346 images/s  1:02:05 left"
     assert ("\x1b" in screen) is bar and (facts in screen) is bar  # nothing is cut at 80 columns
@@ -745,12 +742,7 @@ def test_one_bar_on_a_terminal_only(monkeypatch, capsys, env, bar):
 
 @pytest.mark.parametrize("seconds, text", [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3725.4, "1:02:05")])
 def test_clock(seconds, text):
-    assert cli._clock(seconds) == text
-
-
-def test_every_setting_can_be_set():
-    for name, value in Config().__dict__.items():
-        assert cli._settings([f"{name}={value}"]) == {name: str(value)}
+    assert watch.clock(seconds) == text
 
 
 # ---------------------------------------------------------------- many runs
@@ -816,10 +808,10 @@ def test_folders_are_merged_by_the_command(swept, tmp_path):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("--table 5", "--table is '5', expected 3, 4 or all"), ("--scale huge", "no scale 'huge': expected one of paper200"),
+    ("--table 5", "'5' is not one of '3', '4', 'all'"), ("--scale huge", "'huge' is not one of 'paper200'"),
     ("--budget soon", "--budget is 'soon', expected a time such as 90s"), ("--budget 0", "--budget is '0'"),
     ("--merge nowhere", "no folder nowhere to merge"), ("--seeds 0", "seeds"), ("--jobs 0", "jobs"),
-    ("--only tanh", "no arm 'tanh': expected some of baseline"), ("--merge . --pace", "leave one out"), ("--device gpu", "no device 'gpu'")])
+    ("--only tanh", "no arm 'tanh': expected some of baseline"), ("--merge . --pace", "leave one out"), ("--device gpu", "device 'gpu' cannot be used here")])
 def test_wrong_words_of_a_sweep(line, words, tmp_path):
     fails(f"ablate --out new {line}", words)
     assert not (tmp_path / "new").exists()

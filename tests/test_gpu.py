@@ -9,7 +9,9 @@ import tarfile
 import time
 import warnings
 from contextlib import contextmanager
+from dataclasses import asdict
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import gpu
 import pytest
@@ -176,3 +178,16 @@ def test_on_a_gpu_there_is_one_step_after_the_other(device):
     for _ in range(6):
         loss = float(step())
     assert step.graph and loss == pytest.approx(float(eager()), rel=0.2)
+
+
+def test_a_record_holds_what_was_measured_and_on_what():
+    work, cpu = speed.Workload(8, 1, 3, 4, batch_size=4), torch.device("cpu")
+    eager = [c for c in speed.choices(cpu) if not c.compile]
+    with patch.object(speed, "choices", return_value=eager):
+        record = json.loads(json.dumps(gpu.measure(work, cpu, 60)))
+    assert record["work"] == asdict(work) and record["torch"] == torch.__version__
+    assert record["best"] == max(record["probe"], key=lambda c: c["images_per_second"])
+    assert len(record["probe"]) == len(eager)
+    longest = max(record["floor"].values())
+    assert record["part_of_floor"] == pytest.approx(longest * record["best"]["images_per_second"] / 4)
+    assert record["profile"] and record["profile"][0][1] <= 1

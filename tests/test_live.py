@@ -14,10 +14,11 @@ from nbdev_reader import POLICY
 from PIL import Image
 from record_browser import measure, served
 
+from convmixer_edu.anatomy import count_macs, count_parameters, receptive_field
 from convmixer_edu.data import load_images
 from convmixer_edu.inference import load_run
 from convmixer_edu.ledger import pretrained_run
-from convmixer_edu.live import live_html, sample_pictures
+from convmixer_edu.live import live_html, photograph, sample_pictures
 
 needs_browser = pytest.mark.skipif(not find_browser(), reason="no Chromium or Chrome is installed: the network was not "
                                    "asked in a browser")
@@ -128,6 +129,58 @@ def test_without_its_weights_the_answers_stay_and_it_can_be_tried_again(page):
             assert tab.evaluate(f"{START}.textContent").startswith("Wake")
             tab.evaluate(f"{STATUS.removesuffix('.textContent')}.textContent = ''")
         assert tab.evaluate("document.querySelectorAll('.live-stored li').length") == 3
+
+
+SLIDERS = """<html><head><link rel=icon href=data:,></head><body><figure class="live-anatomy"><p class="live-fallback">as ever</p></figure>
+    <figure class="live-knife"><img class="live-fallback" src="PHOTO" alt="a photograph"></figure>
+    <script type=module src=live/sliders.js></script></body></html>"""
+
+
+@needs_browser
+def test_sliders_say_what_the_package_counts():
+    """By keys: each slider moves, the sentence follows, what stood there before is out of the way."""
+    page = SLIDERS.replace("PHOTO", photograph())
+    sizes = [dict(h=h, d=d, k=k, p=p) for h, d, k, p in ((1536, 20, 9, 7), (64, 1, 1, 32), (256, 8, 5, 2), (768, 32, 7, 14))]
+    with served(page, run=False) as address, browser_page() as tab:
+        tab.open(address)
+        found = tab.evaluate(f"import('/live/sliders.js').then(m => {json.dumps(sizes)}.map(s => [m.anatomy(s), m.patches(s)]))")
+        for s, (net, cut) in zip(sizes, found, strict=True):
+            four = s["h"], s["d"], s["k"], s["p"]
+            assert (net["parameters"], net["macs"]) == (count_parameters(*four), count_macs(*four))
+            assert net["field"] == receptive_field(s["d"], s["k"], s["p"]) and cut["places"] == (224//s["p"])**2
+            assert cut["numbers"] == 3*s["p"]**2 and cut["pairs"] == cut["places"]**2
+        until(tab, "document.querySelectorAll('.live-sliders').length == 2")
+        assert tab.evaluate("[...document.querySelectorAll('.live-fallback')].every(part => part.hidden)")
+        for slider in range(5):
+            said = "[...document.querySelectorAll('[role=status]')].map(part => part.textContent).join()"
+            before = tab.evaluate(said)
+            tab.evaluate(f"document.querySelectorAll('.live-sliders input')[{slider}].focus()")
+            for kind in ("rawKeyDown", "keyUp"):
+                tab.send("Input.dispatchKeyEvent", type=kind, key="ArrowRight", code="ArrowRight", windowsVirtualKeyCode=39)
+            assert until(tab, f"{said} != {json.dumps(before)}")
+            assert tab.evaluate("document.activeElement.getAttribute('aria-valuetext')")
+
+
+ORDER = [{"name": "a", "paper": -3.0, "ours": 1.0}, {"name": "b", "paper": -1.0, "ours": -2.0}, {"name": "c", "paper": 0.5, "ours": 0.0}]
+
+
+@needs_browser
+def test_changes_are_put_in_an_order_and_compared():
+    page = SLIDERS.split("<figure")[0] + f"""<figure class="live-order" data-rows='{json.dumps(ORDER)}'><p class="live-fallback">as ever</p></figure>
+        <script type=module src=live/order.js></script></body></html>"""
+    with served(page, run=False) as address, browser_page() as tab:
+        tab.open(address)
+        names = "[...document.querySelectorAll('.live-order li')].map(item => item.dataset.name).join('')"
+        assert until(tab, names) == "abc" and tab.evaluate("document.querySelector('.live-fallback').hidden")
+        tab.evaluate("document.querySelectorAll('.live-order li')[1].querySelector('button').focus()")
+        for kind in ("keyDown", "keyUp"):
+            tab.send("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r")
+        assert until(tab, names + " == 'bac'") and "now number 1 of 3" in tab.evaluate("document.querySelector('[role=status]').textContent")
+        assert tab.evaluate("document.activeElement.getAttribute('aria-label').startsWith('b:')")  # the focus goes along
+        tab.evaluate("document.querySelector('.live-start').click()")
+        assert tab.evaluate("document.querySelector('[role=status]').textContent") == (
+            "Of 3 pairs, 2 stand in the paper's order and 2 in that of our runs.")
+        assert "paper −3.0, ours +1.0" in tab.evaluate("document.querySelectorAll('.live-order li')[1].textContent")
 
 
 TYPED = [("0,5", 1, 0.5), ("0,125", 1, 0.125), ("2,302585", 1, 2.302585), ("1,024", 1, 1024), ("153,600,000", 1, 153600000),

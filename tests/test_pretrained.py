@@ -2,9 +2,10 @@
 
 import argparse
 import contextlib
+import dataclasses
+import fnmatch
 import functools
 import hashlib
-import http.server
 import io
 import json
 import pickle
@@ -12,19 +13,18 @@ import random
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from pathlib import Path
 
 import huggingface_hub
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
 from conftest import HOUR, offline
+from hub import serve
 from PIL import Image
 from safetensors.torch import save, save_file
 from sklearn.datasets import load_sample_image
@@ -32,9 +32,8 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.models.convmixer import ConvMixer as Timms
 from torch import nn
 
-from convmixer_edu import cli, pretrained
+from convmixer_edu import cli, data, pretrained
 from convmixer_edu.checkpoint import CheckpointError, read_checkpoint
-from convmixer_edu.data import read_image
 from convmixer_edu.inference import load_run, predict
 from convmixer_edu.model import ConvMixer, variant
 from convmixer_edu.pretrained import (PUBLISHED, Tally, evaluate_pretrained, fetch_weights, find_published, finetune_config,
@@ -144,7 +143,6 @@ def test_what_is_said_of_the_published_is_what_timm_says(name):
     assert entry.settings.hf_hub_id == f"timm/{entry.timm}"
     assert (entry.settings.crop_pct, entry.settings.interpolation) == (0.96, "bicubic")
     assert find_published(entry.timm) is find_published(entry.timm.split(".")[0]) is entry
-    assert cli.PUBLISHED_NAMES == tuple(PUBLISHED)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -180,34 +178,22 @@ def test_weights_stay_where_and_what_they_are():
     assert to_timm(ours).head.weight.dtype == torch.double
 
 
-def changed(what):
+def changed(change):
     """A small model of timm's with one thing that ours has not."""
     model = tiny()
-    if what == "eps":
-        model.stem[2].eps = 1e-3
-    elif what == "stride":
-        model.stem[0].stride = (1, 1)
-    elif what == "padding":
-        model.blocks[0][0].fn[0].padding = "valid"
-    elif what == "tanh":
-        model.blocks[1][2] = nn.GELU(approximate="tanh")
-    elif what == "relu":
-        model.blocks[1][0].fn[1] = nn.ReLU()
-    elif what == "kernel":
-        model.blocks[1][0].fn[0] = nn.Conv2d(8, 8, 5, groups=8, padding="same")
-    elif what == "extra":
-        model.blocks[1].append(nn.Softmax(1))
+    change(model)
     return model
 
 
 @pytest.mark.parametrize("make, words", [
-    (lambda: changed("eps"), "layer stem.2 is BatchNorm2d.*eps=0.001.*expected.*eps=1e-05"),
-    (lambda: changed("stride"), "layer stem.0 is Conv2d"),
-    (lambda: changed("padding"), "padding=valid"),
-    (lambda: changed("tanh"), "approximate='tanh'"),
-    (lambda: changed("relu"), "layer blocks.1.0.fn.1 is ReLU"),
-    (lambda: changed("kernel"), r"4.0.fn.0.weight has the shape \(8, 1, 5, 5\)"),
-    (lambda: changed("extra"), "Softmax"),
+    (lambda: changed(lambda m: setattr(m.stem[2], "eps", 1e-3)), "layer stem.2 is BatchNorm2d.*eps=0.001.*expected.*eps=1e-05"),
+    (lambda: changed(lambda m: setattr(m.stem[0], "stride", (1, 1))), "layer stem.0 is Conv2d"),
+    (lambda: changed(lambda m: setattr(m.blocks[0][0].fn[0], "padding", "valid")), "padding=valid"),
+    (lambda: changed(lambda m: m.blocks[1].__setitem__(2, nn.GELU(approximate="tanh"))), "approximate='tanh'"),
+    (lambda: changed(lambda m: m.blocks[1][0].fn.__setitem__(1, nn.ReLU())), "layer blocks.1.0.fn.1 is ReLU"),
+    (lambda: changed(lambda m: m.blocks[1][0].fn.__setitem__(0, nn.Conv2d(8, 8, 5, groups=8, padding="same"))),
+     r"4.0.fn.0.weight has the shape \(8, 1, 5, 5\)"),
+    (lambda: changed(lambda m: m.blocks[1].append(nn.Softmax(1))), "Softmax"),
     (lambda: tiny(act_layer=nn.SiLU), "activation is SiLU"),
     (lambda: tiny(num_classes=0), "head.weight|classifier"),
     (lambda: tiny(drop_rate=0.1), "drop_rate=0.1"),
@@ -262,114 +248,125 @@ def small(monkeypatch, activation="relu"):
     return tiny(num_classes=1000, act_layer={"relu": nn.ReLU, "gelu": nn.GELU}[activation])
 
 
-def wrap(kind, model):
-    """What a file of that kind holds."""
-    theirs, ours = model.state_dict(), from_timm(model, False).state_dict()
-    return {
-        "timm": theirs, "authors": ours,
-        "state_dict": {"epoch": 3, "state_dict": theirs, "optimizer": {"state": {}}},
-        "model": {"model": ours, "arch": None},
-        "module": {"state_dict": {f"module.{k}": t for k, t in ours.items()}, "arch": "convmixer_768_32"},
-        "compiled": {f"_orig_mod.{k}": t for k, t in theirs.items()},
-        "script": {"state_dict": theirs, "args": argparse.Namespace(lr=0.01), "arch": "convmixer_768_32"},
-        "half": {k: t.half() if t.is_floating_point() else t for k, t in ours.items()},
-    }[kind]
+def begin(prefix, tensors):
+    return {prefix + key: tensor for key, tensor in tensors.items()}
 
 
-LAYOUTS = ["timm", "authors", "compiled", "half", "state_dict", "model", "module", "script"]  # the first four are tensors only
+WRAPPED = {  # what a file holds, given timm's tensors and ours; the first ones are tensors only
+    "timm": lambda t, o: t, "authors": lambda t, o: o, "compiled": lambda t, o: begin("_orig_mod.", t), "net.": lambda t, o: begin("net.", t),
+    "compiled DDP": lambda t, o: begin("_orig_mod.module.", t), "DDP compiled": lambda t, o: begin("module._orig_mod.", o),
+    "half": lambda t, o: {k: v.half() if v.is_floating_point() else v for k, v in o.items()},
+    "state_dict": lambda t, o: {"epoch": 3, "state_dict": t, "optimizer": {"state": {}}}, "model": lambda t, o: {"model": o, "arch": None},
+    "lightning": lambda t, o: {"state_dict": begin("model.", t), "epoch": 3}, "model_state_dict": lambda t, o: {"model_state_dict": t, "epoch": 1},
+    "module": lambda t, o: {"state_dict": begin("module.", o), "arch": "convmixer_768_32"}, "net": lambda t, o: {"net": t, "acc": 90.0},
+    "script": lambda t, o: {"state_dict": t, "args": argparse.Namespace(lr=0.01), "arch": "convmixer_768_32"},
+    "two deep": lambda t, o: {"model": {"state_dict": t}}, "no weights as ema": lambda t, o: {"state_dict": t, "ema": {"decay": 0.99}},
+}
 
 
-@pytest.mark.parametrize("kind, ending", [(kind, ending) for ending in (".pth", ".pth.tar", ".bin") for kind in LAYOUTS]
-                         + [(kind, ".safetensors") for kind in LAYOUTS[:4]])
-def test_files_of_every_layout(monkeypatch, kind, ending):
+@pytest.mark.parametrize("kind, ending", [(kind, ".pth") for kind in WRAPPED] + [("script", ".pth.tar"), ("script", ".bin")]
+                         + [(kind, ".safetensors") for kind in list(WRAPPED)[:7]])
+def test_files_of_every_layout(monkeypatch, capsys, kind, ending):
     model, file = small(monkeypatch), Path(f"weights{ending}")
-    held = wrap(kind, model)
+    ours = from_timm(model, False).state_dict()
+    held = WRAPPED[kind](model.state_dict(), ours)
     if ending == ".safetensors":
         save_file({k: t.clone() for k, t in held.items()}, file)
     else:
         torch.save(held, file)
-    ours = load_pretrained("convmixer_768_32", file)
-    x = torch.rand(2, 3, 16, 16)
-    assert not ours.training and isinstance(ours[1], nn.ReLU)
-    assert (ours(x) - model(x)).abs().max() < (1e-5 if kind != "half" else 1e-2)
+    found = load_pretrained("convmixer_768_32", file)
+    assert not found.training and isinstance(found[1], nn.ReLU) and not capsys.readouterr().err
+    for key, tensor in found.state_dict().items():
+        assert torch.equal(tensor, ours[key]) if kind != "half" else torch.allclose(tensor, ours[key].to(tensor.dtype), atol=1e-3)
 
 
-def pickled(file):
-    """A pickle that writes a file when it is loaded, as torch.save and as pickle write it."""
-    class Attack:
-        def __reduce__(self):
-            return Path.touch, (Path("executed").resolve(),)
+@pytest.mark.parametrize("name", ["state_dict_ema", "model_ema", "ema"])
+def test_averaged_weights_are_taken_and_it_is_said(tmp_path, capsys, name):
+    raw, averaged = (ConvMixer(8, 1, 3, 4, 10).state_dict() for _ in range(2))
+    torch.save({"state_dict": raw, name: averaged, "epoch": 3}, tmp_path / "c.pth.tar")
+    found, _ = read_weights(tmp_path / "c.pth.tar")
+    assert torch.equal(found["0.weight"], averaged["0.weight"])
+    assert capsys.readouterr().err.endswith(f"weights as {name}, state_dict: {name} is taken\n")
 
-    return Attack()
+
+class Attack:
+    """A pickle of it writes a file when it is loaded."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("executed").resolve(),)
 
 
-def bad_file(kind, monkeypatch):
-    """A file that must be refused, and a pattern of the sentence."""
-    model = small(monkeypatch)
-    good, file = model.state_dict(), Path("weights.pth")
-    if kind == "missing":
-        return Path("none.safetensors"), "there is no file none.safetensors"
-    if kind == "folder":
-        Path("folder.pth").mkdir()
-        return Path("folder.pth"), "there is no file folder.pth"
-    if kind in ("pickle", "legacy pickle", "pickle as safetensors", "attack among weights"):
-        held = pickled(file)
-        if kind == "pickle":
-            torch.save(held, file)
-        elif kind == "attack among weights":
-            torch.save({"state_dict": good, "extra": held}, file)
-        else:
-            file = file if kind == "legacy pickle" else Path("weights.safetensors")
-            file.write_bytes(pickle.dumps(held))
-        return file, "no safetensors file" if file.suffix == ".safetensors" else "nothing was run"
-    if kind in ("empty", "empty safetensors", "text", "truncated", "truncated safetensors"):
-        safe = "safetensors" in kind
-        file = Path("weights.safetensors") if safe else file
-        save_file(good, file) if safe else torch.save(good, file)
-        data = file.read_bytes()
-        file.write_bytes(b"" if "empty" in kind else b"not weights" if kind == "text" else data[:len(data) // 2])
-        return file, "damaged or no safetensors" if safe else "cannot be read as weights"
-    held, words = {
-        "list": ([1, 2], "holds no weights"),
-        "words": ({"a": "b"}, "holds no weights"),
-        "nothing": ({}, "holds no weights"),
-        "number": ({"state_dict": 3}, "holds no weights"),
-        "sparse": ({**good, "head.bias": good["head.bias"].to_sparse()}, "holds no weights"),
-        "nan": ({**good, "head.bias": good["head.bias"] * float("nan")}, "damaged: head.bias holds values that are no numbers"),
-        "resnet": ({"conv1.weight": torch.ones(3, 3, 3, 3)}, "not the weights of a ConvMixer"),
-        "strange": ({**good, "tail.bias": torch.ones(3)}, "tail.bias belongs to no ConvMixer"),
-        "lacks": ({k: t for k, t in good.items() if k != "blocks.1.2.bias" and k != "blocks.1.3.bias"}, "4.3.bias is missing"),
-        "extra": ({**good, "blocks.0.9.bias": torch.ones(3)}, "3.9.bias is one too many"),
-        "shape": ({**good, "blocks.1.1.weight": torch.ones(8, 9, 1, 1)}, r"4.1.weight has the shape \(8, 9, 1, 1\)"),
-        "kernel": (tiny(num_classes=1000, kernel_size=5).state_dict(), "kernel_size is 5, but convmixer_768_32 has 3"),
-        "patch": (tiny(num_classes=1000, patch_size=7).state_dict(), "patch_size is 7, but"),
-        "depth": (tiny(num_classes=1000, depth=3).state_dict(), "depth is 3, but"),
-        "dim": (tiny(num_classes=1000, dim=9).state_dict(), "dim is 9, but"),
-        "classes": (tiny(num_classes=10).state_dict(), r"has the shape \(10, 8\), expected \(1000, 8\)"),
-        "other name": ({"state_dict": good, "arch": "convmixer_1536_20"}, "dim is 8, but convmixer_1536_20 has 1536"),
-        "gelu name": ({"state_dict": good, "arch": "convmixer_edu_768_32"}, "activation is relu, but convmixer_edu_768_32 has gelu"),
-    }[kind]
+def changed_weights(change):
+    """What a file holds that has one thing wrong: the weights of the small network, changed."""
+    return lambda good: {"state_dict": {**good, **change(good)}}
+
+
+def broken_bytes(ending, change):
+    """A file of that ending whose bytes are changed."""
+    return lambda good: (ending, change(save(good) if ending == ".safetensors" else saved(good)))
+
+
+def saved(held):
+    """What torch.save writes."""
+    file = io.BytesIO()
     torch.save(held, file)
-    return file, words
+    return file.getvalue()
 
 
-@pytest.mark.parametrize("kind", [
-    "missing", "folder", "pickle", "legacy pickle", "pickle as safetensors", "attack among weights", "empty", "empty safetensors",
-    "text", "truncated", "truncated safetensors", "list", "words", "nothing", "number", "sparse", "nan", "resnet", "strange",
-    "lacks", "extra", "shape", "kernel", "patch", "depth", "dim", "classes", "other name", "gelu name"])
+NO_TORCH, NO_SAFE, NOT_RUN = "is no torch file", "is no safetensors file", "nothing was run"
+BAD = {  # what the file holds, given good weights, or (its ending, its bytes); a pattern of the sentence
+    "pickle": (lambda good: Attack(), NOT_RUN),
+    "attack among weights": (lambda good: {"state_dict": good, "extra": Attack()}, NOT_RUN),
+    "legacy pickle": (lambda good: (".pth", pickle.dumps(Attack())), NOT_RUN),
+    "pickle as safetensors": (lambda good: (".safetensors", pickle.dumps(Attack())), NO_SAFE),
+    "empty": (lambda good: (".pth", b""), "cannot be read as weights"),
+    "text": (lambda good: (".pth", b"not weights"), "cannot be read as weights"),
+    "empty safetensors": (lambda good: (".safetensors", b""), NO_SAFE),
+    "truncated": (broken_bytes(".pth", lambda data: data[:len(data) // 2]), "cannot be read as weights"),
+    "truncated safetensors": (broken_bytes(".safetensors", lambda data: data[:len(data) // 2]), NO_SAFE),
+    "list": (lambda good: [1, 2], "holds no weights"),
+    "words": (lambda good: {"a": "b"}, "holds no weights"),
+    "nothing": (lambda good: {}, "holds no weights"),
+    "number": (lambda good: {"state_dict": 3}, "holds no weights"),
+    "sparse": (changed_weights(lambda good: {"head.bias": good["head.bias"].to_sparse()}), "holds no weights"),
+    "nan": (changed_weights(lambda good: {"head.bias": good["head.bias"] * float("nan")}), "damaged: head.bias holds values that are no numbers"),
+    "resnet": (lambda good: {"conv1.weight": torch.ones(3, 3, 3, 3)}, "not the weights of a ConvMixer"),
+    "strange": (changed_weights(lambda good: {"tail.bias": torch.ones(3)}), "tail.bias belongs to no ConvMixer"),
+    "lacks": (lambda good: {k: t for k, t in good.items() if k != "blocks.1.3.bias"}, "4.3.bias is missing"),
+    "extra": (changed_weights(lambda good: {"blocks.0.9.bias": torch.ones(3)}), "3.9.bias is one too many"),
+    "shape": (changed_weights(lambda good: {"blocks.1.1.weight": torch.ones(8, 9, 1, 1)}), r"4.1.weight has the shape \(8, 9, 1, 1\)"),
+    **{key: (lambda good, key=key, value=value: tiny(num_classes=1000, **{key: value}).state_dict(),
+             f"{key} is {value}, but convmixer_768_32 has") for key, value in
+       {"kernel_size": 5, "patch_size": 7, "depth": 3, "dim": 9}.items()},
+    "classes": (lambda good: tiny(num_classes=10).state_dict(), r"7.bias has the shape \(10,\), expected \(1000,\)"),
+    "other name": (lambda good: {"state_dict": good, "arch": "convmixer_1536_20"}, "dim is 8, but convmixer_1536_20 has 1536"),
+    "gelu name": (lambda good: {"state_dict": good, "arch": "convmixer_edu_768_32"}, "activation is relu, but convmixer_edu_768_32 has gelu"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
 def test_bad_files_are_one_sentence_and_nothing_is_run(kind, monkeypatch):
-    file, words = bad_file(kind, monkeypatch)
+    make, words = BAD[kind]
+    held = make(small(monkeypatch).state_dict())
+    ending, content = held if isinstance(held, tuple) else (".pth", saved(held))
+    file = Path(f"weights{ending}")
+    file.write_bytes(content)
     with pytest.raises(CheckpointError, match=words) as told:
         load_pretrained("convmixer_768_32", file)
     assert "\n" not in str(told.value) and str(file) in str(told.value)
     assert not Path("executed").exists()
 
 
+@pytest.mark.parametrize("name", ["none.safetensors", "folder.pth"])
+def test_what_is_no_file_is_named(name):
+    Path("folder.pth").mkdir()
+    with pytest.raises(CheckpointError, match=f"there is no file {name}"):
+        load_pretrained("convmixer_768_32", name)
+
+
 def test_the_pickle_of_these_tests_would_have_run():
-    held = io.BytesIO()
-    torch.save(pickled(None), held)
+    held = io.BytesIO(saved(Attack()))
     assert not Path("executed").exists()
-    held.seek(0)
     torch.load(held, weights_only=False)
     assert Path("executed").exists()
 
@@ -396,136 +393,87 @@ def test_weights_of_ones_own_may_have_another_activation(monkeypatch):
 # ---------------------------------------------------------------- the Hub
 
 
-class Hub:
-    """Instead of hf_hub_download: a cache as huggingface_hub lays it out, and a server that may be off or send rubbish."""
-
-    def __init__(self, root, content, online=True):
-        self.root, self.content, self.online, self.asked = root, content, online, []
-
-    @property
-    def pointer(self):
-        return self.root / "snapshots" / "main" / "model.safetensors"
-
-    def __call__(self, repo_id, filename, revision=None, local_files_only=False, force_download=False):
-        self.asked.append((repo_id, filename, revision, force_download))
-        if self.pointer.exists() and not force_download:
-            return str(self.pointer)
-        if local_files_only:
-            raise FileNotFoundError("not in the cache")
-        if not self.online:
-            raise OSError("connection refused\nand many more lines")
-        sent = self.content.pop(0) if len(self.content) > 1 else self.content[0]
-        blob = self.root / "blobs" / hashlib.sha256(self.content[-1]).hexdigest()
-        for path in (blob, self.pointer):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        blob.write_bytes(sent)
-        if not self.pointer.is_symlink():
-            self.pointer.symlink_to(blob)
-        return str(self.pointer)
-
-
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A Hub with the weights of a small network under a published name; .model is timm's."""
+    """huggingface_hub itself, and a server on this machine with a small network's weights; .model is timm's."""
     model = small(monkeypatch)
-    save_file(model.state_dict(), tmp_path / "sent")
-    server = Hub(tmp_path / "hub", [(tmp_path / "sent").read_bytes()])
-    server.model = model
-    monkeypatch.setattr(pretrained, "hf_hub_download", server)
-    monkeypatch.setattr(pretrained, "_hub_reachable", lambda: server.online)
-    return server
+    with serve(monkeypatch, {"model.safetensors": save(model.state_dict())}, tmp_path / "hub") as server:
+        server.model, server.content = model, save(model.state_dict())
+        monkeypatch.setattr(pretrained, "hf_hub_download", functools.partial(
+            huggingface_hub.hf_hub_download, endpoint=server.endpoint, cache_dir=server.cache))
+        yield server
 
 
-def test_weights_come_from_timms_place_and_only_once(hub):
-    x = torch.rand(1, 3, 16, 16)
-    for _ in range(2):
-        assert torch.allclose(load_pretrained("convmixer_768_32")(x), hub.model(x), atol=1e-6)
-    assert {ask[:3] for ask in hub.asked} == {("timm/convmixer_768_32.in1k", "model.safetensors", None)}
-    assert len(hub.asked) == 3  # not here; fetched; here
-    hub.online = False
-    load_pretrained("convmixer_768_32")
-
-
-def test_offline_is_one_sentence(hub):
-    hub.online = False
-    with pytest.raises(CheckpointError, match="convmixer_768_32 cannot be fetched.*give a file") as told:
-        load_pretrained("convmixer_768_32")
-    assert "\n" not in str(told.value)
-
-
-def test_a_connection_that_breaks_is_one_sentence(hub, monkeypatch):
-    hub.online = False
-    monkeypatch.setattr(pretrained, "_hub_reachable", lambda: True)
-    with pytest.raises(CheckpointError, match=r"\(connection refused\)") as told:
-        load_pretrained("convmixer_768_32")
-    assert "many more" not in str(told.value)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "one bit", "empty"])
-def test_a_damaged_file_in_the_cache_is_fetched_anew(hub, damage):
-    load_pretrained("convmixer_768_32")
-    good = hub.pointer.read_bytes()
-    bad = bytearray(good)
-    bad[-9] ^= 1  # in the last weight: no reader would notice
-    hub.pointer.resolve().write_bytes({"truncated": good[:-100], "empty": b"", "one bit": bytes(bad)}[damage])
-    with pytest.warns(UserWarning, match="damaged.*fetched anew"):
-        load_pretrained("convmixer_768_32")
-    assert hub.pointer.read_bytes() == good
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load_pretrained("convmixer_768_32")
-
-
-def test_a_damaged_file_is_never_loaded_when_offline(hub):
-    load_pretrained("convmixer_768_32")
-    hub.pointer.resolve().write_bytes(hub.pointer.read_bytes()[:-100])
-    hub.online = False
-    for _ in range(2):
-        with pytest.warns(UserWarning, match="damaged"), pytest.raises(CheckpointError, match="cannot be fetched"):
-            load_pretrained("convmixer_768_32")
-
-
-def test_what_is_damaged_twice_is_given_up(hub):
-    good = hub.content[0]
-    hub.content[:] = [good[:-1], good[:-2], good]
-    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="of no use.*give a file of your own"):
-        load_pretrained("convmixer_768_32")
-    assert [ask[3] for ask in hub.asked] == [False, False, True]  # once more, not for ever
-
-
-def test_another_network_on_the_hub_is_refused(hub, tmp_path):
-    save_file(tiny(num_classes=1000, kernel_size=5).state_dict(), tmp_path / "other")
-    hub.content[:] = [(tmp_path / "other").read_bytes()]
-    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="kernel_size is 5"):
-        load_pretrained("convmixer_768_32")
+def blob_of(hub):
+    (blob,) = hub.cache.glob("models--timm--convmixer_768_32.in1k/blobs/*")
+    return blob
 
 
 def pinned(monkeypatch, content):
     """Let the small network be published with this file at this commit."""
-    import dataclasses
     entry = dataclasses.replace(PUBLISHED["convmixer_768_32"], sha256=hashlib.sha256(content).hexdigest(), revision="5" * 40)
     monkeypatch.setitem(PUBLISHED, "convmixer_768_32", entry)
 
 
-def test_only_the_file_that_was_published_is_taken(hub, monkeypatch, tmp_path):
-    """A repository that changed, another server: weights of the same shapes, whole, under their own checksum."""
-    good = hub.content[0]
-    pinned(monkeypatch, good)
-    save_file(tiny(seed=1, num_classes=1000).state_dict(), tmp_path / "other")
-    hub.content[:] = [(tmp_path / "other").read_bytes()]
+@pytest.mark.parametrize("pin", [False, True])
+def test_weights_come_from_timms_place_only_once_and_the_cache_stays_sound(hub, monkeypatch, capsys, pin):
+    """A line that breaks, a file that rots, a server that is gone."""
+    if pin:
+        pinned(monkeypatch, hub.content)
+    hub.plan[:] = [500]  # the client asks for the rest
+    x = torch.rand(1, 3, 16, 16)
+    assert torch.equal(load_pretrained("convmixer_768_32")(x), hub.model(x))
+    digest, asked = hashlib.sha256(hub.content).hexdigest(), len(hub.asked)
+    assert all(path == f"/timm/convmixer_768_32.in1k/resolve/{'5' * 40 if pin else 'main'}/model.safetensors" for path in hub.asked)
+    assert (f"we know no checksum; it has the SHA-256 {digest}" in capsys.readouterr().err) != pin
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_pretrained("convmixer_768_32")
+    assert len(hub.asked) == asked and blob_of(hub).name == digest
+    for rotten in (hub.content[:-8], hub.content[:-1] + b"!", b""):  # the second: no reader would notice
+        blob_of(hub).write_bytes(rotten)
+        with pytest.warns(UserWarning, match="damaged.*fetched anew"):
+            assert torch.equal(load_pretrained("convmixer_768_32")(x), hub.model(x))
+        assert blob_of(hub).read_bytes() == hub.content
+    hub.online = False
+    assert torch.equal(load_pretrained("convmixer_768_32")(x), hub.model(x))
+    blob_of(hub).write_bytes(b"rotten")
     for _ in range(2):
-        with pytest.warns(UserWarning, match="is not the file that was published"), \
-                pytest.raises(CheckpointError, match=f"of no use .*its SHA-256 is [0-9a-f]{{64}}, expected {PUBLISHED['convmixer_768_32'].sha256}"):
+        with pytest.warns(UserWarning, match="damaged"), pytest.raises(CheckpointError, match="cannot be fetched.*give a file") as told:
             load_pretrained("convmixer_768_32")
-    hub.content[:] = [good]
-    hub.pointer.unlink()  # this cache's link stays where it pointed to
-    load_pretrained("convmixer_768_32")
-    assert {ask[2] for ask in hub.asked} == {"5" * 40}
+    assert "\n" not in str(told.value) and not [*hub.cache.rglob("*.incomplete")]
 
 
-def test_a_file_that_cannot_be_compared_is_said(hub, capsys):
+@pytest.mark.parametrize("plan, online", [([], False), ([100] * 50, True)], ids=["no server", "a line that always breaks"])
+def test_a_download_that_never_ends_well_is_one_sentence_and_leaves_nothing(hub, plan, online):
+    hub.plan[:], hub.online = plan, online
+    with pytest.raises(CheckpointError, match="convmixer_768_32 cannot be fetched.*give a file") as told:
+        load_pretrained("convmixer_768_32")
+    assert "\n" not in str(told.value)
+    assert not [file for file in hub.cache.rglob("*") if file.is_file() and file.parent.name in ("blobs", "1" * 40)]
+
+
+def test_what_is_damaged_twice_is_given_up(hub):
+    hub.sent = hub.content[:-1] + b"!"
+    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="of no use.*give a file of your own"):
+        load_pretrained("convmixer_768_32")
+
+
+@pytest.mark.parametrize("pin, other, words", [
+    (False, dict(kernel_size=5), "kernel_size is 5"),
+    (True, dict(seed=1), "is not the file that was published: its SHA-256 is [0-9a-f]{64}, expected [0-9a-f]{64}")])
+def test_only_the_network_that_was_published_is_taken(hub, monkeypatch, pin, other, words):
+    """A repository that changed, another server: a whole file under its own checksum."""
+    good = hub.content
+    if pin:
+        pinned(monkeypatch, good)
+    hub.files["model.safetensors"] = save(tiny(num_classes=1000, **other).state_dict())
+    for _ in range(2):
+        with pytest.warns(UserWarning), pytest.raises(CheckpointError, match=f"of no use .*{words}"):
+            load_pretrained("convmixer_768_32")
+    hub.files["model.safetensors"] = good
+    shutil.rmtree(hub.cache)
     load_pretrained("convmixer_768_32")
-    assert f"we know no checksum; it has the SHA-256 {hashlib.sha256(hub.content[0]).hexdigest()}" in capsys.readouterr().err
 
 
 def test_what_is_pinned_looks_like_a_checksum_and_a_commit():
@@ -533,84 +481,6 @@ def test_what_is_pinned_looks_like_a_checksum_and_a_commit():
         for value, length in ((entry.sha256, 64), (entry.revision, 40)):
             assert value is None or (len(value) == length and set(value) <= set("0123456789abcdef"))
     assert PUBLISHED["convmixer_768_32"].revision and sum(entry.sha256 is not None for entry in PUBLISHED.values()) == 2
-
-
-class Server(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub as one file needs; `plan` says how many bytes each download gets before the line breaks."""
-
-    protocol_version, content, plan = "HTTP/1.1", b"", []
-
-    def log_message(self, *words):
-        pass
-
-    def do_HEAD(self):
-        self.send_response(200)
-        commit = next((part for part in self.path.split("/") if len(part) == 40), "1" * 40)
-        for name, value in {"X-Repo-Commit": commit, "Content-Length": len(self.content), "X-Linked-Size": len(self.content),
-                            "X-Linked-Etag": f'"{hashlib.sha256(self.content).hexdigest()}"'}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-
-    def do_GET(self):
-        wanted = self.headers.get("Range")
-        body = self.content[int(wanted[6:].split("-")[0]) if wanted else 0:]
-        self.send_response(206 if wanted else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        cut = self.plan.pop(0) if self.plan else len(body)
-        self.wfile.write(body[:cut])
-        self.close_connection = cut < len(body)
-
-
-@pytest.fixture
-def real_hub(monkeypatch, tmp_path):
-    """huggingface_hub itself, with a server on this machine: (the server, timm's model, the cache)."""
-    model = small(monkeypatch)
-    handler = type("Handler", (Server,), {"content": save(model.state_dict()), "plan": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.setenv(name, "127.0.0.1")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(pretrained, "_hub_reachable", lambda: True)
-    monkeypatch.setattr(pretrained, "hf_hub_download", functools.partial(
-        huggingface_hub.hf_hub_download, endpoint=f"http://127.0.0.1:{server.server_port}", cache_dir=tmp_path / "hub"))
-    yield handler, model, tmp_path / "hub"
-    server.shutdown()
-
-
-@pytest.mark.parametrize("pin", [False, True])
-def test_the_real_client_keeps_its_cache_sound(real_hub, monkeypatch, pin):
-    """A line that breaks, a file that rots, a server that is gone."""
-    server, model, cache = real_hub
-    if pin:
-        pinned(monkeypatch, server.content)
-    server.plan[:] = [500]  # after so many bytes the line breaks; the client asks for the rest
-    x = torch.rand(1, 3, 16, 16)
-    assert torch.equal(load_pretrained("convmixer_768_32")(x), model(x))
-    (blob,) = cache.glob("models--timm--convmixer_768_32.in1k/blobs/*")
-    assert blob.name == hashlib.sha256(server.content).hexdigest()
-    for rotten in (server.content[:-8], server.content[:-1] + b"!"):
-        blob.write_bytes(rotten)
-        with pytest.warns(UserWarning, match="damaged.*fetched anew"):
-            assert torch.equal(load_pretrained("convmixer_768_32")(x), model(x))
-        assert blob.read_bytes() == server.content
-    server.do_HEAD = server.do_GET = lambda handler: handler.send_error(404)
-    assert torch.equal(load_pretrained("convmixer_768_32")(x), model(x))
-    blob.write_bytes(b"rotten")
-    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="cannot be fetched") as told:
-        load_pretrained("convmixer_768_32")
-    assert "\n" not in str(told.value)
-    assert [file for file in cache.rglob("*.incomplete")] == []
-
-
-def test_a_download_that_never_ends_well_leaves_nothing(real_hub, monkeypatch):
-    server, _, cache = real_hub
-    server.plan[:] = [100] * 50
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client waits between its trials
-    with pytest.raises(CheckpointError, match="cannot be fetched"):
-        load_pretrained("convmixer_768_32")
-    assert not [file for file in cache.rglob("*") if file.is_file() and file.parent.name in ("blobs", "1" * 40)]
 
 
 # ---------------------------------------------------------------- evaluation
@@ -792,19 +662,21 @@ def test_rows_are_judged_like_files(photographs, weights, monkeypatch, tmp_path,
                 evaluate_pretrained("convmixer_1024_20", photographs, **ask))
 
 
-def test_a_dataset_on_the_hub_is_streamed(photographs, weights, monkeypatch, tmp_path):
-    datasets = pytest.importorskip("datasets", reason="the Hub is read by `datasets`")
-    table = parquet(photographs, tmp_path / "table")
-    load = datasets.load_dataset
+def test_a_dataset_on_the_hub_is_a_folder_that_was_fetched(photographs, weights, monkeypatch, tmp_path):
+    """Of its files only those of the split."""
+    table, asked = parquet(photographs, tmp_path / "table"), []
+    names = [f"data/{split}-0000{i}-of-00002.parquet" for split in ("train", "test", "validation") for i in range(2)]
 
-    def hub(name, split, streaming, revision):
-        assert (name, split, streaming, revision) == ("owner/imagenet", "validation", True, None)
-        return load("parquet", data_files={split: sorted(map(str, table.iterdir()))}, split=split, streaming=True)
+    def fetch(source, **options):
+        asked.append(source)
+        assert [name for name in names if any(fnmatch.fnmatch(name, p) for p in options["allow_patterns"])] == names[-2:]
+        return table
 
-    monkeypatch.setattr(datasets, "load_dataset", hub)
-    monkeypatch.setattr(pretrained, "_hub_reachable", lambda: True)
+    monkeypatch.setattr(data, "snapshot_download", fetch)
+    monkeypatch.setattr(data, "_on_the_hub", lambda source: (None, sorted(map(Path, names))))
     told = evaluate_pretrained("convmixer_1024_20", "owner/imagenet", file=weights, batch_size=4)
     assert same(told, evaluate_pretrained("convmixer_1024_20", photographs, file=weights, batch_size=4))
+    assert asked == ["owner/imagenet"]
 
 
 def test_classes_find_their_outputs():
@@ -815,42 +687,40 @@ def test_classes_find_their_outputs():
             targets(names)
 
 
-def data_of_no_use(kind, photographs, tmp_path):
-    """Data that cannot be judged, and a pattern of the sentence."""
-    place = tmp_path / "data"
-    if kind == "no folder":
-        return "nowhere", "no folder nowhere"
-    if kind == "digits":
-        return "digits", "digits are no photographs"
-    if kind == "hub":
-        return "owner/imagenet", "Hub cannot be reached"
-    if kind == "empty":
-        place.mkdir()
-        return place, "is empty"
-    if kind in ("names", "column", "no rows"):
-        names = ("cat", "dog", "cow", "hen") if kind == "names" else SYNSETS
-        words = {"names": "the data have 4 classes", "column": "no label column", "no rows": "has no images"}[kind]
-        return parquet(photographs, place, names, 0 if kind == "no rows" else None, kind != "column"), words
-    shutil.copytree(photographs, place)
-    if kind == "no split":
-        (place / "val").rename(place / "train")
-        return place, "has no validation"
-    if kind == "text":
-        (place / "val" / SYNSETS[0] / "notes.txt").write_text("no picture")
-        return place, "notes.txt is not an image"
-    assert kind == "broken"
-    next(place.glob("val/*/*.jpg")).write_bytes(b"no picture")
-    return place, "jpg is not an image that can be read"
+NO_USE = {  # given the photographs and a place for data: the source, and a pattern of the sentence
+    "no folder": (lambda photos, place: "nowhere", "no folder nowhere"),
+    "digits": (lambda photos, place: "digits", "digits are no photographs"),
+    "hub": (lambda photos, place: "owner/imagenet", "Hub cannot be reached"),
+    "empty": (lambda photos, place: place.mkdir() or place, "is empty"),
+    "names": (lambda photos, place: parquet(photos, place, ("cat", "dog", "cow", "hen")), "the data have 4 classes"),
+    "column": (lambda photos, place: parquet(photos, place, label=False), "no label column"),
+    "no rows": (lambda photos, place: parquet(photos, place, rows=0), "has no images"),
+    "no split": (lambda photos, place: (shutil.copytree(photos, place) / "val").rename(place / "train").parent, "has no split 'validation'"),
+    "text": (lambda photos, place: shutil.copytree(photos, place), "notes.txt is not an image"),
+    "broken": (lambda photos, place: shutil.copytree(photos, place), "jpg is not an image that can be read"),
+}
 
 
-@pytest.mark.parametrize("kind", ["no folder", "digits", "hub", "empty", "no rows", "names", "column", "no split", "text", "broken"])
+@pytest.mark.parametrize("kind", NO_USE)
 @pytest.mark.parametrize("workers", [0, 1])
 def test_data_of_no_use_are_one_sentence(kind, workers, photographs, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrained, "_hub_reachable", lambda: False)
-    source, words = data_of_no_use(kind, photographs, tmp_path)
+    monkeypatch.setattr(data, "_on_the_hub", lambda source: None)
+    make, words = NO_USE[kind]
+    source = make(photographs, tmp_path / "data")
+    if kind == "text":
+        (source / "val" / SYNSETS[0] / "notes.txt").write_text("no picture")
+    if kind == "broken":
+        next(source.glob("val/*/*.jpg")).write_bytes(b"no picture")
     with pytest.raises((ValueError, FileNotFoundError), match=words) as told:
         evaluate_pretrained("convmixer_1024_20", source, file=weights, workers=workers)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_the_folder_of_the_validation_images_has_any_usual_name(tmp_path, name):
+    (tmp_path / name / "n01440764").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / name / "n01440764" / "0.png")
+    assert len(data.list_files(str(tmp_path), "validation", alone=True)["n01440764"]) == 1
 
 
 # ---------------------------------------------------------------- the command line
@@ -902,7 +772,7 @@ def test_wrong_words_are_one_line(line, words, monkeypatch):
         raise FileNotFoundError("not in the cache")
 
     monkeypatch.setattr(pretrained, "hf_hub_download", absent)
-    monkeypatch.setattr(pretrained, "_hub_reachable", lambda: False)
+    monkeypatch.setattr(data, "_on_the_hub", lambda source: None)
     _, err = convmixer(*line.split(), code=2)
     assert all(word in err for word in words), err
     assert not Path("run").exists()
@@ -1048,47 +918,3 @@ def test_finetune_from_a_terminal(two_photos, weights):
     assert told["images"] == 10
     _, err = convmixer("train", "--resume", "--out", "run", "--data", two_photos, "--finetune", "convmixer_768_32", code=2)
     assert "start (convmixer_1024_20 there, convmixer_768_32 now)" in err
-
-
-# ---------------------------------------------------------------- what others wrap around weights
-
-
-def begin(prefix, tensors):
-    return {prefix + key: tensor for key, tensor in tensors.items()}
-
-
-@pytest.mark.parametrize("wrap", [
-    lambda t: {"state_dict": begin("model.", t), "epoch": 3},  # Lightning
-    lambda t: begin("_orig_mod.module.", t), lambda t: begin("module._orig_mod.", t), lambda t: begin("net.", t),
-    lambda t: {"model_state_dict": t, "epoch": 1}, lambda t: {"net": t, "acc": 90.0},
-    lambda t: {"model": {"state_dict": t}}, lambda t: {"state_dict": t, "ema": {"decay": 0.99}},
-], ids=["lightning", "compiled DDP", "DDP compiled", "net.", "model_state_dict", "net", "two deep", "no weights as ema"])
-def test_usual_wrappings_are_taken_off(tmp_path, capsys, wrap):
-    tensors = ConvMixer(8, 1, 3, 4, 10).state_dict()
-    torch.save(wrap(tensors), tmp_path / "c.pth")
-    found, _ = read_weights(tmp_path / "c.pth")
-    assert found.keys() == tensors.keys() and all(torch.equal(found[k], tensors[k]) for k in tensors)
-    assert not capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["state_dict_ema", "model_ema", "ema"])
-def test_averaged_weights_are_taken_and_it_is_said(tmp_path, capsys, name):
-    raw, averaged = (ConvMixer(8, 1, 3, 4, 10).state_dict() for _ in range(2))
-    torch.save({"state_dict": raw, name: averaged, "epoch": 3}, tmp_path / "c.pth.tar")
-    found, _ = read_weights(tmp_path / "c.pth.tar")
-    assert torch.equal(found["0.weight"], averaged["0.weight"])
-    assert capsys.readouterr().err.endswith(f"weights as {name}, state_dict: {name} is taken\n")
-
-
-def test_sixteen_bits_look_to_the_evaluation_as_they_do_to_predict(tmp_path):
-    ramp = np.tile(np.arange(64, dtype=np.uint16) * 1000, (64, 1))
-    Image.fromarray(ramp).save(tmp_path / "ramp.png")
-    theirs = np.asarray(pretrained._open(tmp_path / "ramp.png", "x")).transpose(2, 0, 1)
-    assert np.array_equal(theirs, read_image(tmp_path / "ramp.png").numpy()) and theirs.max() < 250
-
-
-@pytest.mark.parametrize("name", ["val", "valid", "validation"])
-def test_the_folder_of_the_validation_images_has_any_usual_name(tmp_path, name):
-    (tmp_path / name / "n01440764").mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(tmp_path / name / "n01440764" / "0.png")
-    assert pretrained._find_source(tmp_path, "validation").count == 1

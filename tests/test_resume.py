@@ -1,6 +1,5 @@
 """A run killed at any moment and resumed ends with the weights of the undisturbed run, bit for bit."""
 
-import errno
 import json
 import os
 import resource
@@ -8,7 +7,6 @@ import shutil
 import signal
 import time
 from dataclasses import replace
-from unittest.mock import patch
 
 import forked
 import pytest
@@ -158,12 +156,6 @@ def test_a_second_process_is_kept_out_of_a_run_until_the_first_is_gone(undisturb
     assert code == 0 and rest[-1] == "done" and same(undisturbed, tmp_path / "run")
 
 
-def test_a_file_system_without_locks_costs_a_warning_only(undisturbed, tmp_path):
-    with patch("fcntl.flock", side_effect=OSError(errno.ENOLCK, "No locks available")):
-        with pytest.warns(UserWarning, match="cannot be locked .No locks available.: see to it"):
-            train(replace(TINY, epochs=1), "digits", tmp_path / "run", device="cpu")
-
-
 def test_the_machine_is_gone_but_the_mirror_is_not(undisturbed, tmp_path):
     run, drive = tmp_path / "run", tmp_path / "drive"
     for step in (5, 12, 19):
@@ -184,11 +176,3 @@ def test_a_mirror_that_goes_away_does_not_stop_the_run(undisturbed, tmp_path):
     assert code == 0 and rest[-1] == "done" and same(undisturbed, run)
     rest, code = start(run, True, mirror=tmp_path / "new drive").end()  # another one, afterwards
     assert code == 0 and same(undisturbed, tmp_path / "new drive")
-
-
-def test_a_damaged_note_is_one_clear_error(undisturbed, tmp_path):
-    for name in ("config.json", "run.json"):
-        shutil.copytree(undisturbed, tmp_path / name)
-        (tmp_path / name / name).write_bytes((undisturbed / name).read_bytes()[:20])
-        rest, code = start(tmp_path / name, True).end()
-        assert code == 0 and f"{name} is damaged" in rest[-1] and "\n" not in rest[-1]

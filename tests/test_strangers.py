@@ -33,8 +33,8 @@ def alone(tmp_path, monkeypatch):
     """A folder and a cache of its own, no Hub."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CONVMIXER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(data, "_hub_reachable", lambda: False)
-    data._tell.cache_clear()
+    monkeypatch.setattr(data, "_on_the_hub", lambda source: None)
+    data.tell.cache_clear()
 
 
 # ---------------------------------------------------------------- pictures
@@ -88,7 +88,7 @@ def interpreters(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", FILES)
 def test_a_hostile_picture_is_one_sentence(kind, interpreters, recwarn):
     Path("photo.jpg").write_bytes(FILES[kind])
-    for read in (read_image, lambda file: pretrained._open(file, file), lambda file: read_image(BytesIO(FILES[kind]), name=file)):
+    for read in (read_image, lambda file: data.open_image(file, file, upright=False), lambda file: read_image(BytesIO(FILES[kind]), name=file)):
         with pytest.raises(ValueError, match="photo.jpg is not an image that can be read: ") as told:
             read("photo.jpg")
         assert "\n" not in str(told.value) and len(str(told.value)) < 300
@@ -158,7 +158,7 @@ def test_sixteen_bits_keep_their_brightness_in_little_memory(kind, tmp_path):
     ours = read_image(tmp_path / f"0.{kind.lower()}")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    theirs = np.asarray(pretrained._open(tmp_path / f"0.{kind.lower()}", "x"))
+    theirs = np.asarray(data.open_image(tmp_path / f"0.{kind.lower()}", "x", upright=False))
     assert (ours[0].numpy() == ramp >> 8).all() and (theirs[..., 0] == ramp >> 8).all()
     assert peak < 10 * ramp.size
 
@@ -267,20 +267,6 @@ def test_folders_of_any_name_are_folders(name, tmp_path):
             (tmp_path / name / "pictures" / split / label).mkdir(parents=True)
             Image.new("RGB", (8, 8)).save(tmp_path / name / "pictures" / split / label / "[0]::1.png")
     assert load_images(tmp_path / name / "pictures").classes == ("a[b]", "c::d")
-
-
-def test_a_path_from_the_hub_stays_in_its_cache(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets", reason="the Hub is read by `datasets`")
-    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", str(tmp_path / "hf"))
-    (tmp_path / "hf").mkdir()
-    for place in (tmp_path, tmp_path / "hf"):
-        Image.new("RGB", (8, 8)).save(place / "0.png")
-    (tmp_path / "hf/link.png").symlink_to(tmp_path / "0.png")
-    inside = str(tmp_path / "hf/0.png")
-    assert data._hub_file({"bytes": None, "path": inside}, "x") == inside
-    for path in (tmp_path / "0.png", tmp_path / "hf/../0.png", tmp_path / "hf/link.png"):
-        with pytest.raises(ValueError, match="only the path"):
-            data._hub_file({"bytes": None, "path": str(path)}, "x")
 
 
 # ---------------------------------------------------------------- writers
@@ -421,7 +407,7 @@ def test_a_cache_file_that_another_user_put_there_is_not_believed(tmp_path):
     file.parent.mkdir(mode=0o777)
     file.parent.chmod(0o777)
     poison = data.ImageSet(torch.full((6, 3, 8, 8), 66, dtype=torch.uint8), torch.tensor([1, 1, 1, 0, 0, 0]), ("cat", "dog"))
-    data._write_cache(file, poison, data._state(folder))
+    data._write_cache(file, poison, data.source_state(folder, data.list_files(folder, "train")))
     os.chown(file, SOMEBODY, SOMEBODY)
     with pytest.warns(UserWarning, match="another user put it there"):
         assert load_images(folder).images.unique().tolist() == [255]
@@ -437,7 +423,7 @@ def test_a_folder_of_another_user_is_not_used_and_it_is_said_once(tmp_path, caps
     work, choice = speed.Workload(8, 1, 3, 4), speed.Choice(True)
     for _ in range(2):
         assert load_images(folder).images.unique().tolist() == [255]
-        speed.remember(work, torch.device("cpu"), choice)
+        speed.remember({speed.choice_key(work, torch.device("cpu")): choice})
         assert speed.known(work, torch.device("cpu")) is None
     said = capsys.readouterr().err
     assert said == f"{cache} belongs to another user, so nothing is kept there: set CONVMIXER_CACHE to a folder of your own\n"
@@ -447,7 +433,7 @@ def test_a_folder_of_another_user_is_not_used_and_it_is_said_once(tmp_path, caps
 @root_only
 def test_settings_and_evaluations_of_another_user_are_not_believed(tmp_path):
     work, cpu = speed.Workload(8, 1, 3, 4), torch.device("cpu")
-    speed.remember(work, cpu, speed.Choice(True))
+    speed.remember({speed.choice_key(work, cpu): speed.Choice(True)})
     assert speed.known(work, cpu) == speed.Choice(True)
     os.chown(tmp_path / "cache/speed.json", SOMEBODY, SOMEBODY)
     assert speed.known(work, cpu) is None

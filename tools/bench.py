@@ -34,7 +34,7 @@ from convmixer_edu import speed
 from convmixer_edu.augment import rand_augment
 from convmixer_edu.data import load_images
 from convmixer_edu.inference import statistics as image_statistics
-from convmixer_edu.machine import choose_device, choose_precision, device_name, make_scaler
+from convmixer_edu.machine import autocast, choose_device, choose_precision, device_name, make_scaler
 from convmixer_edu.model import ConvMixer
 from convmixer_edu.recipe import PRESETS, with_settings
 from convmixer_edu.train import Run, _choose, build_model, epoch_order, make_facts
@@ -168,7 +168,7 @@ def users_step(c, device, channels_last=True, dtype=None, compiled=None):
     optimizer = torch.optim.AdamW(model.parameters(), c.lr, weight_decay=c.weight_decay, fused=True)
 
     def step():
-        with speed.autocast(device, dtype):
+        with autocast(device, dtype):
             loss = F.cross_entropy(model(x), y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -280,7 +280,7 @@ def authors_epoch(device, c, count, workers=2):
         for x, y in loader:
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             optimizer.zero_grad()
-            with speed.autocast(device, dtype):
+            with autocast(device, dtype):
                 loss = F.cross_entropy(model(x), y)
             scaler.scale(loss).backward()
             if c.clip:

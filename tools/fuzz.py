@@ -33,7 +33,7 @@ from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
-from convmixer_edu import cli
+from convmixer_edu import cli, watch
 from convmixer_edu.checkpoint import read_checkpoint, write_checkpoint
 from convmixer_edu.recipe import Config
 
@@ -336,9 +336,9 @@ def make_base(folder):
     words = ["train", *TINY, "--epochs", "2", "--out"]
     assert call([*words, str(folder / "run")])[0] == 0
     os.environ["CONVMIXER_CACHE"] = str(folder / "cache")
-    show, cli._Watch.__call__ = cli._Watch.__call__, lambda watch, event: os.kill(os.getpid(), signal.SIGTERM)
+    show, watch.Bar.__call__ = watch.Bar.__call__, lambda bar, event: os.kill(os.getpid(), signal.SIGTERM)
     assert call([*words, str(folder / "half")])[0] == 128 + signal.SIGTERM
-    cli._Watch.__call__ = show
+    watch.Bar.__call__ = show
 
 
 def run(kind, examples, number, base, small):

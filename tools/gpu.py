@@ -14,7 +14,7 @@ import sys
 import tarfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 START = 90  # seconds that a machine takes to start, of the minutes given
@@ -116,6 +116,26 @@ def kernels(options, device, out):
     return True
 
 
+def measure(work, device, seconds, report=None):
+    """A record of a workload: probe, ceilings, floor, a profile of the best."""
+    import torch
+
+    from convmixer_edu import speed
+    from convmixer_edu.machine import device_name
+    deadline = time.monotonic() + seconds
+    timed = speed.probe(work, device, 0.7 * seconds, report)
+    best = speed.fastest(timed, device)
+    dtype, names = getattr(torch, best.dtype), []
+    rates = speed.ceilings(device, dtype)
+    limit = speed.floor(work, rates, dtype)
+    if time.monotonic() < deadline:
+        torch._dynamo.reset()
+        names = speed.profile_step(speed.make_step(work, best, device), device)
+    return {"device": device_name(device), "torch": torch.__version__, "threads": torch.get_num_threads(), "work": asdict(work),
+            "probe": [asdict(c) for c in timed], "best": asdict(best), "ceilings": {"flops": rates[0], "bytes": rates[1]},
+            "floor": asdict(limit), "part_of_floor": limit.seconds * best.images_per_second / work.batch_size, "profile": names}
+
+
 def settings(options, device, out):
     """The fastest setting for each preset, kept for the trainer too."""
     from convmixer_edu import speed
@@ -131,7 +151,7 @@ def settings(options, device, out):
         if (file := out / f"{name}.json").exists() or speed.known(work, device):
             continue
         seconds = share * (options.end - time.monotonic())
-        record = speed.measure(work, device, seconds, lambda c: print(
+        record = measure(work, device, seconds, lambda c: print(
             f"  {name}: {c!s:45s} {c.images_per_second:9,.0f} images/s {c.reason}", flush=True))
         write(file, {**record, **here(device)})
         print(f"  {100 * record['part_of_floor']:.0f} % of the floor; ceilings {record['ceilings']['flops'] / 1e12:.1f} "
@@ -144,11 +164,12 @@ def remember(out, options, device):
     from convmixer_edu import speed
     from convmixer_edu.ledger import results_folder
     if (file := results_folder() / "gpu" / "choices.json").exists():
-        speed.remember_all(file)
+        speed.remember(speed.read_choices(file))
     for name, work in workloads(options):
         file = out.parent / "settings" / f"{name}.json"
         if file.exists():
-            speed.remember(work, device, speed.Choice(**json.loads(file.read_text())["best"]))
+            best = speed.Choice(**json.loads(file.read_text())["best"])
+            speed.remember({speed.choice_key(work, device): best})
 
 
 def in_the_book(part, device):
@@ -176,18 +197,15 @@ def step(options, device, out):
 
 def train_seeds(options, device, out):
     """Three seeds, sealed, with their weights."""
+    import record_runs
+
     from convmixer_edu.ledger import keep, results_folder
-    from convmixer_edu.train import Stopped, train
     for seed in range(SEEDS if not options.small else 2):
         name = f"light25-seed{seed}"
         if (out / name).exists() or not options.small and (results_folder() / name).exists():
             continue
         run, c = out / "work" / name, replace(light25(options), seed=seed)
-        try:
-            record = train(c, options.data, run, (run / "config.json").exists(), str(device),
-                           seconds=options.end - time.monotonic())
-        except Stopped as error:
-            print(f"  {name}: {error}")
+        if (record := record_runs.run(c, options.data, run, str(device), options.end)) is None:
             return False
         keep(run, name, f"make gpu: train --preset light25 --set seed={seed}", weights=True, into=out)
         print(f"  {name}: {record['test_accuracy']:.2f} % in {record['seconds']:.1f} s", flush=True)

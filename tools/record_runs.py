@@ -13,6 +13,15 @@ from convmixer_edu.recipe import PRESETS, with_settings
 from convmixer_edu.train import Stopped, train
 
 
+def run(config, source, out, device, end):
+    """Train, or go on, until an end by the monotonic clock; return what run.json holds, or None where it was stopped."""
+    try:
+        return train(config, source, out, (out / "config.json").exists(), device, seconds=max(1e-9, end - time.monotonic()))
+    except Stopped as error:
+        print(json.dumps({"run": out.name, "stopped": str(error)}), flush=True)
+        return None
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="PRESET:SEED")
@@ -29,11 +38,7 @@ def main(arguments=None):
         preset, seed = word.split(":")
         out = options.out / f"{preset}-seed{seed}"
         config = with_settings(PRESETS[preset], {**settings, "seed": seed})
-        try:
-            record = train(config, options.data, out, (out / "config.json").exists(), options.device,
-                           seconds=max(1e-9, deadline - time.monotonic()))
-        except Stopped as error:
-            print(json.dumps({"run": out.name, "stopped": str(error)}), flush=True)
+        if (record := run(config, options.data, out, options.device, deadline)) is None:
             return
         told = ("test_accuracy", "seconds", "images_per_second", "peak_memory_mb", "device", "precision")
         print(json.dumps({"run": out.name, **{key: record[key] for key in told}}), flush=True)

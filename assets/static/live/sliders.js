@@ -1,0 +1,83 @@
+// Figures with sliders: what h, d, k and p make of a network, and a knife that cuts a photograph into patches.
+// Each stands in a <figure> that shows something without a script, too.
+
+const whole = number => Math.round(number).toLocaleString("en")
+
+/** Weights, multiplications and the side of the window of a ConvMixer on square images, as module anatomy counts them */
+export function anatomy({ h, d, k, p, n = 1000, c = 3, s = 224 }) {
+  const side = Math.floor(s / p)
+  return { side, parameters: h * (d * (k * k + h + 6) + c * p * p + n + 3) + n, field: p * (1 + d * (k - 1)),
+    macs: side * side * (c * p * p * h + d * h * (h + k * k)) + h * n }
+}
+
+/** What a knife makes of a picture of s x s pixels and c colours */
+export function patches({ p, c = 3, s = 224 }) {
+  const places = Math.floor(s / p) ** 2
+  return { places, numbers: c * p * p, pairs: places * places }
+}
+
+function slider(name, text, options, value, changed) {
+  const label = document.createElement("label"), input = document.createElement("input"), shown = document.createElement("output")
+  Object.assign(input, { type: "range", min: 0, max: options.length - 1, value: options.indexOf(value) })
+  const tell = () => {
+    shown.textContent = options[input.value]
+    input.setAttribute("aria-valuetext", `${text}: ${options[input.value]}`)
+  }
+  input.oninput = () => { tell(); changed(name, options[input.value]) }
+  label.append(Object.assign(document.createElement("b"), { textContent: name }), ` ${text} `, shown, input)
+  tell()
+  return label
+}
+
+/** Sliders above, a drawing and one sentence below; `draw(sizes)` returns the sentence */
+function build(figure, sizes, controls, draw, drawing) {
+  const panel = document.createElement("div"), told = document.createElement("p")
+  panel.className = "live-sliders"
+  told.setAttribute("role", "status")
+  const changed = (name, value) => {
+    sizes[name] = value
+    told.textContent = draw(sizes)
+  }
+  panel.append(...controls.map(([name, text, options]) => slider(name, text, options, sizes[name], changed)))
+  figure.prepend(panel, drawing, told)
+  figure.querySelector(".live-fallback").hidden = true
+  told.textContent = draw(sizes)
+}
+
+const range = (first, last, step = 1) => Array.from({ length: (last - first) / step + 1 }, (_, i) => first + i * step)
+
+function showAnatomy(figure) {
+  const s = 224, drawing = document.createElementNS("http://www.w3.org/2000/svg", "svg")
+  drawing.setAttribute("viewBox", `-2 -2 ${s + 4} ${s + 4}`)
+  drawing.setAttribute("aria-hidden", "true")
+  const draw = sizes => {
+    const { side, parameters, macs, field } = anatomy(sizes), p = sizes.p, middle = p * Math.floor(side / 2) + p / 2
+    const seen = [Math.max(0, middle - field / 2), Math.min(s, middle + field / 2)], extent = seen[1] - seen[0]
+    const lines = range(0, side).map(i => `M${i * p} 0V${side * p}M0 ${i * p}H${side * p}`).join("")
+    drawing.innerHTML = `<rect class="image" width="${s}" height="${s}"/><rect class="field" x="${seen[0]}" y="${seen[0]}" width="${extent}"
+      height="${extent}"/><path class="grid" d="${lines}"/><rect class="place" x="${middle - p / 2}" y="${middle - p / 2}" width="${p}" height="${p}"/>`
+    return `${whole(parameters)} weights and ${(macs / 1e9).toFixed(2)} billion multiplications for an image of ${s} pixels. A grid of ${side} by ` +
+      `${side} positions; the one in the middle can see ${whole(field)} pixels across${field >= 2 * s ? ", all of the image" : ""}.`
+  }
+  build(figure, { h: 256, d: 4, k: 5, p: 7 }, [["h", "width", range(64, 1536, 64)], ["d", "depth", range(1, 32)],
+    ["k", "kernel", range(1, 15, 2)], ["p", "patch", [1, 2, 4, 7, 8, 14, 16, 28, 32]]], draw, drawing)
+}
+
+function showKnife(figure) {
+  const photo = figure.querySelector("img"), s = 224, room = 320, drawing = document.createElement("canvas")
+  Object.assign(drawing, { width: room, height: room })
+  drawing.setAttribute("aria-hidden", "true")
+  const draw = ({ p }) => {
+    const { places, numbers, pairs } = patches({ p }), side = s / p, pen = drawing.getContext("2d")
+    const gap = Math.min(6, 0.3 * p), tile = (room - gap * (side - 1)) / side
+    pen.clearRect(0, 0, room, room)
+    for (const i of range(0, side - 1)) for (const j of range(0, side - 1))
+      pen.drawImage(photo, j * p, i * p, p, p, j * (tile + gap), i * (tile + gap), tile, tile)
+    return `${side} by ${side} makes ${whole(places)} patches of ${whole(numbers)} numbers each. If every patch looked at every other: ` +
+      `${whole(pairs)} pairs.`
+  }
+  photo.decode().then(() => build(figure, { p: 16 }, [["p", "patch, in pixels", [2, 4, 7, 8, 14, 16, 28, 32, 56, 112]]], draw, drawing))
+}
+
+for (const figure of document.querySelectorAll("figure.live-anatomy")) showAnatomy(figure)
+for (const figure of document.querySelectorAll("figure.live-knife")) showKnife(figure)
