@@ -1,5 +1,6 @@
 """Kernels of our own on a CPU: what the library would have computed, or the library."""
 
+import json
 import os
 import shutil
 import stat
@@ -12,8 +13,11 @@ from conftest import ROOT
 from torch import nn
 
 from convmixer_edu import units
+from convmixer_edu.checkpoint import read_checkpoint
 from convmixer_edu.model import ConvMixer, Residual, variant
-from convmixer_edu.speed import frozen, Choice
+from convmixer_edu.recipe import Config
+from convmixer_edu.speed import Choice, frozen
+from convmixer_edu.train import train
 
 HERE = bool(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"))
 needs_compiler = pytest.mark.skipif(not HERE, reason="no C++ compiler: the library is used, which other tests cover")
@@ -280,3 +284,16 @@ def test_without_a_compiler_the_library_is_chosen_and_a_line_says_why(monkeypatc
     assert not units.units_are_faster(ConvMixer(16, 1, 3, 2, 4), (2, 16, 4, 4))
     assert [r.getMessage() for r in caplog.records] == [
         "no kernels of our own: there is no C++ compiler: install g++ or set $CXX"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_run_by_the_kernels_resumes_bit_for_bit(tmp_path, precision):
+    c = Config(dim=16, depth=2, kernel_size=3, patch_size=2, epochs=3, batch_size=32, limit=160, randaug_n=0, holdout=20,
+               checkpoint_seconds=0, depthwise="units", precision=precision)
+    train(c, "digits", tmp_path / "whole", device="cpu")
+    for _ in range(3):  # stopped after each epoch
+        train(c, "digits", tmp_path / "parts", resume=(tmp_path / "parts").exists(), device="cpu",
+              report=lambda event: event["event"] == "epoch")
+    one, other = (read_checkpoint(tmp_path / name / "model.safetensors")[0] for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["depthwise"] == "units"
