@@ -277,6 +277,8 @@ def _rows(draws, names, nearest, shape):
     "Drawn (ops, args) as rows: numbers (11 n, B) and matrices (3, 2n, B)."
     c, h, w = shape
     pixels, count = h * w * (1 if c == 3 else c), len(draws[0][0])
+    draws = [(np.asarray(ops), np.asarray(args, np.float64))
+             for ops, args in draws]
     numbers = np.concatenate([_numbers(*draw, pixels) for draw in draws])
     if not names & {*MATRICES}:
         return numbers, np.empty((3, 0, count))
@@ -320,8 +322,7 @@ def apply_ops(
         right = right and t.shape == (n,) and t.device.type == "cpu"
     expect(right, f"images are {images.dtype}, ops {tuple(ops.shape)}, args "
            f"{tuple(args.shape)}", f"torch.uint8 and twice ({n},) on the CPU")
-    draws = [(ops.numpy(), args.double().numpy())]
-    return _run(images, draws, {*OPS}, nearest, fill)
+    return _run(images, [(ops, args)], {*OPS}, nearest, fill)
 
 
 def _run(images, draws, names, nearest=False, fill=0.0):
@@ -380,12 +381,12 @@ def draw_ops(
     policy: str = "torchvision",  # a key of POLICIES
 ) -> tuple[Tensor, Tensor]:  # ops int64 (count,), args float32 (count,)
     "Draw an operation and its argument for each image; see `apply_ops`."
-    ops, args = _draw_ops(count, m, generator, spread, policy)
-    return torch.from_numpy(ops), torch.from_numpy(args).float()
+    return tuple(map(torch.from_numpy, _draw_ops(count, m, generator, spread,
+                                                 policy)))
 
 
 def _draw_ops(count, m, generator, spread, policy):
-    "`draw_ops` in numpy: int64 (B,), and float64 with float32's values."
+    "`draw_ops` in numpy, where calls cost less."
     chosen = _policy(policy, m)
     names = list(chosen.ranges)
     ids = np.array([OPS.index(name) for name in names])
@@ -400,7 +401,7 @@ def _draw_ops(count, m, generator, spread, policy):
     level = np.where(signed[which] & (coins[0] < 0.5), -level, level)
     args = start[which] + level * (end - start)[which]
     ops = ids[which] * (coins[1] < chosen.prob)
-    return ops, args.astype(np.float32).astype(np.float64)
+    return ops, args.astype(np.float32)
 
 
 def _policy(name, m):
@@ -459,12 +460,10 @@ _JITTER = ("Brightness", "Contrast", "Color")
 
 def _draw_jitter(strength, count, generator):
     "Three times an operation and its argument."
-    order = _uniform(generator, count, 3)
-    order = order.argsort(1)
+    order = _uniform(generator, count, 3).argsort(1)
     args = 1 + strength * (2 * _uniform(generator, count, 3) - 1)
-    args = args.astype(np.float32).astype(np.float64)
     ids = np.array([OPS.index(name) for name in _JITTER])
-    return list(zip(ids[order.T], args.T))
+    return list(zip(ids[order.T], args.T.astype(np.float32)))
 
 
 # %% ../nbs/05_augment.ipynb #d5632c5f
@@ -498,28 +497,25 @@ def random_erasing(
     p: float = 0.25,  # chance that an image loses a box
     generator: Generator | None = None,  # on the CPU
     mode: str = "pixel",  # noise N(0, 1); "const" puts 0, the mean colour
-    area: tuple[float, float] = (0.02, 1 / 3),  # part of the image lost
-    ratio: tuple[float, float] = (0.3, 1 / 0.3),  # height / width of the box
 ) -> Tensor:  # same shape and type
     """Replace a random box by noise in some of the images (Sec. 3).
 
-    Boxes are drawn as timm draws them: the first of ten that fits, else
-    none. Raises ValueError for images that are not floats yet.
+    Boxes are drawn as timm draws them: 0.02 to 1/3 of the image, 0.3 to
+    1/0.3 times as high as wide, the first of ten that fits, else none.
+    Raises ValueError for images that are not floats yet.
     """
     _check(images, generator, "normalised floats")
     _check_part("p", p)
     expect(mode in ("pixel", "const"), f"mode is {mode!r}", "pixel or const")
     shape, device = images.shape[1:], images.device
-    box, noise = _draw_erase(p, mode, len(images), shape, generator, area,
-                             ratio)
+    box, noise = _draw_erase(p, mode, len(images), shape, generator)
     noise = None if noise is None else _send(noise, device).flatten(2)
     out = _erase(images.float().flatten(2), _send(box, device)[..., None, None],
                  noise, _constants(shape, device))
     return out.to(images.dtype).view(images.shape)
 
 # %% ../nbs/05_augment.ipynb #eras0001
-def _draw_erase(p, mode, count, shape, generator, area=(0.02, 1 / 3),
-                ratio=(0.3, 1 / 0.3)):
+def _draw_erase(p, mode, count, shape, generator):
     "Boxes (4, B), empty without a hit; noise (B, C, H, W), 0 there, or None."
     c, height, width = shape
     box = np.zeros((4, count))
@@ -528,8 +524,8 @@ def _draw_erase(p, mode, count, shape, generator, area=(0.02, 1 / 3),
         noise = torch.zeros(count, c, height, width, dtype=torch.float32)
     hit = (_uniform(generator, count) < p).nonzero()[0]
     if len(hit):
-        w, h, fits = _first_fit(area, ratio, width, height, generator,
-                                len(hit), 1)
+        w, h, fits = _first_fit((0.02, 1 / 3), (0.3, 1 / 0.3), width, height,
+                                generator, len(hit), 1)
         top = _place(h, height, generator)
         left = _place(w, width, generator)
         box[:, hit] = top, top + h * fits, left, left + w

@@ -19,6 +19,7 @@ import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
+from glob import escape
 from io import BytesIO
 from pathlib import Path
 
@@ -357,7 +358,9 @@ def list_files(
              if p.is_dir() and p.name in ("train", *_TESTS)}
     inside = {name: {p.name for p in _visible(part) if p.is_dir()}
               for name, part in parts.items()}
-    tables = {} if any(inside.values()) else _by_split(folder)
+    tables = {} if any(inside.values()) else _by_split(
+        file for depth in ("", "*/", "*/*/")
+        for file in sorted(folder.glob(f"{depth}*.parquet")))
     if tables:
         return {None: pick_split(tables, split, folder), **tables}
     if alone:
@@ -392,14 +395,13 @@ class _Files:
         return str(self.paths[i]), self.paths[i]
 
 # %% ../nbs/04_data.ipynb #04054af1
-def _by_split(folder):
+def _by_split(files):
     "Parquet files by split, which is the first word of their name."
     splits = {}
-    for depth in ("", "*/", "*/*/"):
-        for file in sorted(folder.glob(f"{depth}*.parquet")):
-            word = re.split(r"[-_.]", file.name)[0]
-            split = file.parent.name if word.isdigit() else word
-            splits.setdefault(split, []).append(file)
+    for file in files:
+        word = re.split(r"[-_.]", file.name)[0]
+        split = file.parent.name if word.isdigit() else word
+        splits.setdefault(split, []).append(file)
     return splits
 
 
@@ -526,30 +528,35 @@ def _column(schema, noted, source, what):
 
 # %% ../nbs/04_data.ipynb #bd47ba8e
 @cache
-def _hub_answers(source):
-    "Whether the Hub tells of a dataset in a few seconds; asked once."
-    try:
-        HfApi().dataset_info(source, revision=_REVISIONS.get(source),
-                             timeout=3)
+def _on_the_hub(source):
+    "(Revision, parquet files) of a dataset; None if the Hub does not answer."
+    try:  # the second: the Hub's own copy of what lies there otherwise
+        for revision in (_REVISIONS.get(source), "refs/convert/parquet"):
+            told = HfApi().dataset_info(source, revision=revision, timeout=3)
+            names = sorted(Path(file.rfilename) for file in told.siblings
+                           if file.rfilename.endswith(".parquet"))
+            if names:
+                break
     except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError):
         raise FileNotFoundError(
             f"{source} is neither a folder here nor a dataset on the "
-            "Hugging Face Hub that you may read") from None
+            "Hugging Face Hub that you may read, as parquet files") from None
     except Exception:  # whatever a network can do
-        return False
-    return True
+        return None
+    return revision, names
 
 # %% ../nbs/04_data.ipynb #d0192ff2
 def _from_hub(source, split):
     "The parquet files of a split, fetched from the Hub if need be."
-    names = [split, *_TESTS] if split in _TESTS else [split]
-    online = _hub_answers(source)
+    online, wanted = _on_the_hub(source), ()
+    revision, names = online or (_REVISIONS.get(source), ())
+    if online:
+        wanted = pick_split(_by_split(names), split, source)
     try:
-        folder = snapshot_download(
-            source, repo_type="dataset", revision=_REVISIONS.get(source),
-            allow_patterns=[f"*{name}{rest}" for name in names for rest in
-                            (".parquet", "[-_.]*.parquet", "/*.parquet")],
-            local_files_only=not online)
+        folder = Path(snapshot_download(
+            source, repo_type="dataset", revision=revision,
+            allow_patterns=[escape(name.as_posix()) for name in wanted],
+            local_files_only=not online))
     except hub.LocalEntryNotFoundError:
         raise FileNotFoundError(
             f"{source} is no folder here and the Hugging Face Hub cannot be "
@@ -558,7 +565,8 @@ def _from_hub(source, split):
     except Exception as error:  # of the network, the disk, the Hub
         raise ValueError(f"{source} cannot be loaded from the Hugging Face "
                          f"Hub: {brief(error)}") from None
-    files = pick_split(_by_split(Path(folder)), split, source)
+    files = pick_split(_by_split(sorted(folder.rglob("*.parquet"))), split,
+                       source)
     told = {int(n) for n in re.findall(r"-of-(\d+)\.parquet", repr(files))}
     expect(told <= {len(files)} and len({f.parent for f in files}) == 1,
            f"split {split} of {source} has {len(files)} files here",
@@ -799,6 +807,6 @@ def _at_hand(source):
     kept = [_cache_file(source, part, None) for part in parts]
     with suppress(ValueError, FileNotFoundError):
         return (all(file and file.exists() for file in kept)
-                or _hub_answers(source)
+                or _on_the_hub(source) is not None
                 or all(_from_hub(source, part) for part in parts))
     return False

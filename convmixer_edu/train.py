@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .checkpoint import (CHECKPOINTS, CheckpointError,
-                                      check_note, check_run, check_tensors,
-                                      claimed, collect, expected_tensors,
-                                      keyed_generator, latest, open_mirror,
-                                      restore, save_step, seal_run, step_file,
-                                      sweep, write_atomically,
-                                      write_checkpoint, write_json)
-from .data import (ImageSet, load_images, resolve_source,
+from .checkpoint import (CHECKPOINTS, check_note, check_run,
+                                      check_tensors, claimed, collect, ensure,
+                                      expected_tensors, keyed_generator,
+                                      latest, open_mirror, restore, save_step,
+                                      seal_run, step_file, sweep,
+                                      write_atomically, write_checkpoint,
+                                      write_json)
+from .data import (ImageSet, expect, load_images, resolve_source,
                                 split_holdout, stratified_index)
 from .depthwise import choose_method, fast_depthwise
 from .distributed import (all_sum, any_of, from_main, is_main,
@@ -45,6 +45,7 @@ from .recipe import (CHOICES, FREE, Config, augmentation,
                                   learning_rate, make_model, make_optimizer,
                                   read_setup, recipe_digest)
 from .speed import Choice, Recorded, Workload, choose, prepare
+from .units import fast_units, units_are_faster
 
 # %% ../nbs/06_training.ipynb #3ca3472c
 def epoch_order(
@@ -188,19 +189,17 @@ class Run:
         check_note(meta["scaler"], scaler, file, set())
         step = meta["step"]
         epochs = [line["epoch"] for line in meta["metrics"]]
-        for wrong, words in (
-                (meta["recipe"] != recipe, "belongs to another run"),
-                (not 0 <= step <= self.total,
-                 f"is of step {step} of {self.total}"),
-                (file.name != step_file(step),
+        for right, words in (
+                (meta["recipe"] == recipe, "belongs to another run"),
+                (0 <= step <= self.total, f"is of step {step} of {self.total}"),
+                (file.name == step_file(step),
                  f"is of step {step}, its name says another"),
-                (len(epochs) != step // self.steps
-                 or epochs != [*range(1, len(epochs) + 1)],
+                (len(epochs) == step // self.steps
+                 and epochs == [*range(1, len(epochs) + 1)],
                  f"tells of {len(epochs)} epochs after {step} steps"),
-                (meta["seconds"] < 0, "took less than no time")):
-            if wrong:
-                raise CheckpointError(f"{file} {words}: expected a checkpoint "
-                                      "of the run that config.json describes")
+                (meta["seconds"] >= 0, "took less than no time")):
+            ensure(right, f"{file} {words}: expected a checkpoint of the run "
+                   "that config.json describes")
         sum_ = tensors.get("loop.loss_sum")
         if sum_ is not None and sum_.dtype == torch.float32:  # from a Mac
             tensors["loop.loss_sum"] = sum_.double()
@@ -232,9 +231,13 @@ def build_model(
         model = make_model(c, len(data.classes), data.images.shape[1])
     if c.init == "covariance":
         covariance_init(model, keyed_generator(c.seed, 3))
-    model = fast_depthwise(model.to(device), depthwise)
-    model = synchronise_batchnorm(model)
-    return prepare(model, choice or Choice(c.channels_last, c.compile))
+    choice, units = (choice or Choice(c.channels_last, c.compile),
+                     depthwise == "units")
+    model = fast_depthwise(model.to(device),
+                           "library" if units else depthwise)
+    model = prepare(synchronise_batchnorm(model), choice)
+    return fast_units(model, getattr(torch, choice.dtype),
+                      warnings.warn) if units else model
 
 # %% ../nbs/06_training.ipynb #1996c3a8
 def _take_over(run: Run):
@@ -460,34 +463,28 @@ def _check_torch():
             ("default dtype", torch.get_default_dtype(), torch.float32),
             ("default device", torch.get_default_device().type, "cpu"),
             ("grad mode", torch.is_grad_enabled(), True)):
-        if now != usual:
-            raise ValueError(f"torch's {what} was set to {now}, expected "
-                             f"{usual}: set it back before training")
+        expect(now == usual, f"torch's {what} was set to {now}",
+               f"{usual}: set it back before training")
 
 
 def _check_data(c, data, test):
     "What must be true of the data before anything is built"
-    ours, theirs = ", ".join(data.classes), ", ".join(test.classes)
-    height, width = data.images.shape[2:]
+    (height, width), p = data.images.shape[2:], c.patch_size
     batch, share = min(c.batch_size, len(data)), 2 * world()
-    for wrong, words in (
-            (ours != theirs, "train and test have different classes: "
-             f"{ours} and {theirs}"),
-            (min(height, width) < c.patch_size, f"patch_size is "
-             f"{c.patch_size}, larger than the images ({height} x {width}): "
-             "make it smaller"),
-            (world() > 1 and batch % share, f"a batch of {batch} images "
-             f"cannot be shared by {world()} processes in pairs: choose a "
-             f"batch_size that {share} divides")):
-        if wrong:
-            raise ValueError(words)
+    expect(data.classes == test.classes,
+           f"train and test have different classes: {', '.join(data.classes)} "
+           f"and {', '.join(test.classes)}", "the same in both")
+    expect(min(height, width) >= p, f"patch_size is {p}, larger than the "
+           f"images ({height} x {width})", "at most their side")
+    expect(world() == 1 or batch % share == 0, f"a batch of {batch} images "
+           f"cannot be shared by {world()} processes in pairs",
+           f"a batch_size that {share} divides")
 
 # %% ../nbs/06_training.ipynb #7b5b3d7a
 def _claim(out, mirror, resume, until_the_end):
     "Keep others out of a run's folder, look into it; its mirror, if any"
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file, expected a folder for the run: "
-                         "choose another name")
+    expect(out.is_dir() or not out.exists(), f"{out} is a file",
+           "a folder for the run: choose another name")
     for folder in filter(None, (out, mirror)):
         if not Path(folder).exists():  # if nothing comes of it
             until_the_end.callback(_remove_empty, Path(folder))
@@ -570,21 +567,18 @@ def _check_same(new, before, old, out):
                note, set())
     for name, chosen in (("precision", choice["dtype"]),
                          ("depthwise", old["depthwise"])):
-        if chosen not in CHOICES[name][1:]:  # all but auto
-            raise CheckpointError(f"{note} is damaged ({name} is "
-                                  f"{chosen!r:.60}): start a new run")
+        ensure(chosen in CHOICES[name][1:], f"{note} is damaged ({name} is "
+               f"{chosen!r:.60}): start a new run")  # a word, but not auto
     changed = [f"{name} ({getattr(before, name)} there, {value} now)"
                for name, value in new["config"].items()
                if getattr(before, name) != value and name not in FREE]
-    if changed:
-        raise ValueError(f"{out} was begun with another recipe: "
-                         f"{', '.join(changed)}; give the same settings or "
-                         "choose another folder")
+    ensure(not changed, f"{out} was begun with another recipe: "
+           f"{', '.join(changed)}; give the same settings or choose another "
+           "folder")
     for name in new.keys() - {"config", "source", "version"}:
-        if new[name] != old[name]:
-            raise ValueError(f"{out} was begun with other training images, "
-                             f"their {name} differ: give the same source or "
-                             "choose another folder")
+        ensure(new[name] == old[name], f"{out} was begun with other training "
+               f"images, their {name} differ: give the same source or choose "
+               "another folder")
 
 # %% ../nbs/06_training.ipynb #a83d4c5d
 def _choose(c, data, device):
@@ -605,7 +599,21 @@ def _choose(c, data, device):
                                   dtype, device, layout(c.channels_last))
     if whole:
         choice = choose(dataclasses.replace(work, depthwise=method), device)
+    if c.depthwise == "auto" and _units_win(
+            c, choice, (batch, c.dim, side, side), method, device):
+        method = "units"
     return {"choice": dataclasses.asdict(choice), "depthwise": method}
+
+
+def _units_win(c, choice, shape, method, device):
+    "Whether a block of the recipe trains fastest by kernels of our own"
+    if (device.type != "cpu" or world() > 1 or choice.compile
+            or not choice.channels_last):
+        return False
+    with torch.random.fork_rng(devices=[]):
+        one = make_model(dataclasses.replace(c, depth=1), 1, 1)
+    return units_are_faster(fast_depthwise(one, method), shape,
+                            getattr(torch, choice.dtype))
 
 # %% ../nbs/06_training.ipynb #c2b802c1
 @contextmanager

@@ -161,6 +161,28 @@ def test_sliders_say_what_the_package_counts():
             assert tab.evaluate("document.activeElement.getAttribute('aria-valuetext')")
 
 
+ORDER = [{"name": "a", "paper": -3.0, "ours": 1.0}, {"name": "b", "paper": -1.0, "ours": -2.0}, {"name": "c", "paper": 0.5, "ours": 0.0}]
+
+
+@needs_browser
+def test_changes_are_put_in_an_order_and_compared():
+    page = SLIDERS.split("<figure")[0] + f"""<figure class="live-order" data-rows='{json.dumps(ORDER)}'><p class="live-fallback">as ever</p></figure>
+        <script type=module src=live/order.js></script></body></html>"""
+    with served(page, run=False) as address, browser_page() as tab:
+        tab.open(address)
+        names = "[...document.querySelectorAll('.live-order li')].map(item => item.dataset.name).join('')"
+        assert until(tab, names) == "abc" and tab.evaluate("document.querySelector('.live-fallback').hidden")
+        tab.evaluate("document.querySelectorAll('.live-order li')[1].querySelector('button').focus()")
+        for kind in ("keyDown", "keyUp"):
+            tab.send("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r")
+        assert until(tab, names + " == 'bac'") and "now number 1 of 3" in tab.evaluate("document.querySelector('[role=status]').textContent")
+        assert tab.evaluate("document.activeElement.getAttribute('aria-label').startsWith('b:')")  # the focus goes along
+        tab.evaluate("document.querySelector('.live-start').click()")
+        assert tab.evaluate("document.querySelector('[role=status]').textContent") == (
+            "Of 3 pairs, 2 stand in the paper's order and 2 in that of our runs.")
+        assert "paper −3.0, ours +1.0" in tab.evaluate("document.querySelectorAll('.live-order li')[1].textContent")
+
+
 TYPED = [("0,5", 1, 0.5), ("0,125", 1, 0.125), ("2,302585", 1, 2.302585), ("1,024", 1, 1024), ("153,600,000", 1, 153600000),
          ("1_000", 1, 1000), ("3/4", 1, 0.75), ("1e-3", 1, 0.001), ("3/0", 1, None), ("_", 1, None), ("1.2.3", 1, None),
          ("50 %", 0.5, 0.5), ("1.73 %", 1.732, 1.73), ("(1/4, 0.5)", [1, 1], [0.25, 0.5]), ("0,6; 0,8", [1, 1], [0.6, 0.8]),

@@ -6,7 +6,6 @@ import dataclasses
 import fnmatch
 import functools
 import hashlib
-import http.server
 import io
 import json
 import pickle
@@ -14,19 +13,18 @@ import random
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from pathlib import Path
 
 import huggingface_hub
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
 from conftest import HOUR, offline
+from hub import serve
 from PIL import Image
 from safetensors.torch import save, save_file
 from sklearn.datasets import load_sample_image
@@ -36,7 +34,6 @@ from torch import nn
 
 from convmixer_edu import cli, data, pretrained
 from convmixer_edu.checkpoint import CheckpointError, read_checkpoint
-from convmixer_edu.data import read_image
 from convmixer_edu.inference import load_run, predict
 from convmixer_edu.model import ConvMixer, variant
 from convmixer_edu.pretrained import (PUBLISHED, Tally, evaluate_pretrained, fetch_weights, find_published, finetune_config,
@@ -181,34 +178,22 @@ def test_weights_stay_where_and_what_they_are():
     assert to_timm(ours).head.weight.dtype == torch.double
 
 
-def changed(what):
+def changed(change):
     """A small model of timm's with one thing that ours has not."""
     model = tiny()
-    if what == "eps":
-        model.stem[2].eps = 1e-3
-    elif what == "stride":
-        model.stem[0].stride = (1, 1)
-    elif what == "padding":
-        model.blocks[0][0].fn[0].padding = "valid"
-    elif what == "tanh":
-        model.blocks[1][2] = nn.GELU(approximate="tanh")
-    elif what == "relu":
-        model.blocks[1][0].fn[1] = nn.ReLU()
-    elif what == "kernel":
-        model.blocks[1][0].fn[0] = nn.Conv2d(8, 8, 5, groups=8, padding="same")
-    elif what == "extra":
-        model.blocks[1].append(nn.Softmax(1))
+    change(model)
     return model
 
 
 @pytest.mark.parametrize("make, words", [
-    (lambda: changed("eps"), "layer stem.2 is BatchNorm2d.*eps=0.001.*expected.*eps=1e-05"),
-    (lambda: changed("stride"), "layer stem.0 is Conv2d"),
-    (lambda: changed("padding"), "padding=valid"),
-    (lambda: changed("tanh"), "approximate='tanh'"),
-    (lambda: changed("relu"), "layer blocks.1.0.fn.1 is ReLU"),
-    (lambda: changed("kernel"), r"4.0.fn.0.weight has the shape \(8, 1, 5, 5\)"),
-    (lambda: changed("extra"), "Softmax"),
+    (lambda: changed(lambda m: setattr(m.stem[2], "eps", 1e-3)), "layer stem.2 is BatchNorm2d.*eps=0.001.*expected.*eps=1e-05"),
+    (lambda: changed(lambda m: setattr(m.stem[0], "stride", (1, 1))), "layer stem.0 is Conv2d"),
+    (lambda: changed(lambda m: setattr(m.blocks[0][0].fn[0], "padding", "valid")), "padding=valid"),
+    (lambda: changed(lambda m: m.blocks[1].__setitem__(2, nn.GELU(approximate="tanh"))), "approximate='tanh'"),
+    (lambda: changed(lambda m: m.blocks[1][0].fn.__setitem__(1, nn.ReLU())), "layer blocks.1.0.fn.1 is ReLU"),
+    (lambda: changed(lambda m: m.blocks[1][0].fn.__setitem__(0, nn.Conv2d(8, 8, 5, groups=8, padding="same"))),
+     r"4.0.fn.0.weight has the shape \(8, 1, 5, 5\)"),
+    (lambda: changed(lambda m: m.blocks[1].append(nn.Softmax(1))), "Softmax"),
     (lambda: tiny(act_layer=nn.SiLU), "activation is SiLU"),
     (lambda: tiny(num_classes=0), "head.weight|classifier"),
     (lambda: tiny(drop_rate=0.1), "drop_rate=0.1"),
@@ -263,36 +248,45 @@ def small(monkeypatch, activation="relu"):
     return tiny(num_classes=1000, act_layer={"relu": nn.ReLU, "gelu": nn.GELU}[activation])
 
 
-def wrap(kind, model):
-    """What a file of that kind holds."""
-    theirs, ours = model.state_dict(), from_timm(model, False).state_dict()
-    return {
-        "timm": theirs, "authors": ours,
-        "state_dict": {"epoch": 3, "state_dict": theirs, "optimizer": {"state": {}}},
-        "model": {"model": ours, "arch": None},
-        "module": {"state_dict": {f"module.{k}": t for k, t in ours.items()}, "arch": "convmixer_768_32"},
-        "compiled": {f"_orig_mod.{k}": t for k, t in theirs.items()},
-        "script": {"state_dict": theirs, "args": argparse.Namespace(lr=0.01), "arch": "convmixer_768_32"},
-        "half": {k: t.half() if t.is_floating_point() else t for k, t in ours.items()},
-    }[kind]
+def begin(prefix, tensors):
+    return {prefix + key: tensor for key, tensor in tensors.items()}
 
 
-LAYOUTS = ["timm", "authors", "compiled", "half", "state_dict", "model", "module", "script"]  # the first four are tensors only
+WRAPPED = {  # what a file holds, given timm's tensors and ours; the first ones are tensors only
+    "timm": lambda t, o: t, "authors": lambda t, o: o, "compiled": lambda t, o: begin("_orig_mod.", t), "net.": lambda t, o: begin("net.", t),
+    "compiled DDP": lambda t, o: begin("_orig_mod.module.", t), "DDP compiled": lambda t, o: begin("module._orig_mod.", o),
+    "half": lambda t, o: {k: v.half() if v.is_floating_point() else v for k, v in o.items()},
+    "state_dict": lambda t, o: {"epoch": 3, "state_dict": t, "optimizer": {"state": {}}}, "model": lambda t, o: {"model": o, "arch": None},
+    "lightning": lambda t, o: {"state_dict": begin("model.", t), "epoch": 3}, "model_state_dict": lambda t, o: {"model_state_dict": t, "epoch": 1},
+    "module": lambda t, o: {"state_dict": begin("module.", o), "arch": "convmixer_768_32"}, "net": lambda t, o: {"net": t, "acc": 90.0},
+    "script": lambda t, o: {"state_dict": t, "args": argparse.Namespace(lr=0.01), "arch": "convmixer_768_32"},
+    "two deep": lambda t, o: {"model": {"state_dict": t}}, "no weights as ema": lambda t, o: {"state_dict": t, "ema": {"decay": 0.99}},
+}
 
 
-@pytest.mark.parametrize("kind, ending", [(kind, ending) for ending in (".pth", ".pth.tar", ".bin") for kind in LAYOUTS]
-                         + [(kind, ".safetensors") for kind in LAYOUTS[:4]])
-def test_files_of_every_layout(monkeypatch, kind, ending):
+@pytest.mark.parametrize("kind, ending", [(kind, ".pth") for kind in WRAPPED] + [("script", ".pth.tar"), ("script", ".bin")]
+                         + [(kind, ".safetensors") for kind in list(WRAPPED)[:7]])
+def test_files_of_every_layout(monkeypatch, capsys, kind, ending):
     model, file = small(monkeypatch), Path(f"weights{ending}")
-    held = wrap(kind, model)
+    ours = from_timm(model, False).state_dict()
+    held = WRAPPED[kind](model.state_dict(), ours)
     if ending == ".safetensors":
         save_file({k: t.clone() for k, t in held.items()}, file)
     else:
         torch.save(held, file)
-    ours = load_pretrained("convmixer_768_32", file)
-    x = torch.rand(2, 3, 16, 16)
-    assert not ours.training and isinstance(ours[1], nn.ReLU)
-    assert (ours(x) - model(x)).abs().max() < (1e-5 if kind != "half" else 1e-2)
+    found = load_pretrained("convmixer_768_32", file)
+    assert not found.training and isinstance(found[1], nn.ReLU) and not capsys.readouterr().err
+    for key, tensor in found.state_dict().items():
+        assert torch.equal(tensor, ours[key]) if kind != "half" else torch.allclose(tensor, ours[key].to(tensor.dtype), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["state_dict_ema", "model_ema", "ema"])
+def test_averaged_weights_are_taken_and_it_is_said(tmp_path, capsys, name):
+    raw, averaged = (ConvMixer(8, 1, 3, 4, 10).state_dict() for _ in range(2))
+    torch.save({"state_dict": raw, name: averaged, "epoch": 3}, tmp_path / "c.pth.tar")
+    found, _ = read_weights(tmp_path / "c.pth.tar")
+    assert torch.equal(found["0.weight"], averaged["0.weight"])
+    assert capsys.readouterr().err.endswith(f"weights as {name}, state_dict: {name} is taken\n")
 
 
 class Attack:
@@ -399,54 +393,15 @@ def test_weights_of_ones_own_may_have_another_activation(monkeypatch):
 # ---------------------------------------------------------------- the Hub
 
 
-class Server(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub as one file needs. `plan`: after so many bytes the lines of the next downloads break."""
-
-    protocol_version, online, content, sent, plan, asked = "HTTP/1.1", True, b"", None, [], []
-
-    def log_message(self, *words):
-        pass
-
-    def do_HEAD(self):
-        self.asked.append(self.path)
-        if not self.online:
-            return self.send_error(404)
-        self.send_response(200)
-        commit = next((part for part in self.path.split("/") if len(part) == 40), "1" * 40)
-        for name, value in {"X-Repo-Commit": commit, "Content-Length": len(self.content), "X-Linked-Size": len(self.content),
-                            "X-Linked-Etag": f'"{hashlib.sha256(self.content).hexdigest()}"'}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-
-    def do_GET(self):
-        if not self.online:
-            return self.send_error(404)
-        wanted, content = self.headers.get("Range"), self.content if self.sent is None else self.sent
-        body = content[int(wanted[6:].split("-")[0]) if wanted else 0:]
-        self.send_response(206 if wanted else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        cut = self.plan.pop(0) if self.plan else len(body)
-        self.wfile.write(body[:cut])
-        self.close_connection = cut < len(body)
-
-
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """huggingface_hub itself, and a server on this machine with a small network's weights: .model is timm's, .cache the cache."""
+    """huggingface_hub itself, and a server on this machine with a small network's weights; .model is timm's."""
     model = small(monkeypatch)
-    handler = type("Handler", (Server,), {"content": save(model.state_dict()), "plan": [], "asked": [], "model": model,
-                                          "cache": tmp_path / "hub"})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.setenv(name, "127.0.0.1")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client waits between its trials
-    monkeypatch.setattr(pretrained, "hf_hub_download", functools.partial(
-        huggingface_hub.hf_hub_download, endpoint=f"http://127.0.0.1:{server.server_port}", cache_dir=handler.cache))
-    yield handler
-    server.shutdown()
+    with serve(monkeypatch, {"model.safetensors": save(model.state_dict())}, tmp_path / "hub") as server:
+        server.model, server.content = model, save(model.state_dict())
+        monkeypatch.setattr(pretrained, "hf_hub_download", functools.partial(
+            huggingface_hub.hf_hub_download, endpoint=server.endpoint, cache_dir=server.cache))
+        yield server
 
 
 def blob_of(hub):
@@ -512,11 +467,11 @@ def test_only_the_network_that_was_published_is_taken(hub, monkeypatch, pin, oth
     good = hub.content
     if pin:
         pinned(monkeypatch, good)
-    hub.content = save(tiny(num_classes=1000, **other).state_dict())
+    hub.files["model.safetensors"] = save(tiny(num_classes=1000, **other).state_dict())
     for _ in range(2):
         with pytest.warns(UserWarning), pytest.raises(CheckpointError, match=f"of no use .*{words}"):
             load_pretrained("convmixer_768_32")
-    hub.content = good
+    hub.files["model.safetensors"] = good
     shutil.rmtree(hub.cache)
     load_pretrained("convmixer_768_32")
 
@@ -710,15 +665,15 @@ def test_rows_are_judged_like_files(photographs, weights, monkeypatch, tmp_path,
 def test_a_dataset_on_the_hub_is_a_folder_that_was_fetched(photographs, weights, monkeypatch, tmp_path):
     """Of its files only those of the split."""
     table, asked = parquet(photographs, tmp_path / "table"), []
+    names = [f"data/{split}-0000{i}-of-00002.parquet" for split in ("train", "test", "validation") for i in range(2)]
 
     def fetch(source, **options):
         asked.append(source)
-        assert any(fnmatch.fnmatch("data/validation-00000-of-00002.parquet", p) for p in options["allow_patterns"])
-        assert not any(fnmatch.fnmatch("data/train-00000-of-00002.parquet", p) for p in options["allow_patterns"])
+        assert [name for name in names if any(fnmatch.fnmatch(name, p) for p in options["allow_patterns"])] == names[-2:]
         return table
 
     monkeypatch.setattr(data, "snapshot_download", fetch)
-    monkeypatch.setattr(data, "_hub_answers", lambda source: True)
+    monkeypatch.setattr(data, "_on_the_hub", lambda source: (None, sorted(map(Path, names))))
     told = evaluate_pretrained("convmixer_1024_20", "owner/imagenet", file=weights, batch_size=4)
     assert same(told, evaluate_pretrained("convmixer_1024_20", photographs, file=weights, batch_size=4))
     assert asked == ["owner/imagenet"]
@@ -732,42 +687,40 @@ def test_classes_find_their_outputs():
             targets(names)
 
 
-def data_of_no_use(kind, photographs, tmp_path):
-    """Data that cannot be judged, and a pattern of the sentence."""
-    place = tmp_path / "data"
-    if kind == "no folder":
-        return "nowhere", "no folder nowhere"
-    if kind == "digits":
-        return "digits", "digits are no photographs"
-    if kind == "hub":
-        return "owner/imagenet", "Hub cannot be reached"
-    if kind == "empty":
-        place.mkdir()
-        return place, "is empty"
-    if kind in ("names", "column", "no rows"):
-        names = ("cat", "dog", "cow", "hen") if kind == "names" else SYNSETS
-        words = {"names": "the data have 4 classes", "column": "no label column", "no rows": "has no images"}[kind]
-        return parquet(photographs, place, names, 0 if kind == "no rows" else None, kind != "column"), words
-    shutil.copytree(photographs, place)
-    if kind == "no split":
-        (place / "val").rename(place / "train")
-        return place, "has no split 'validation'"
-    if kind == "text":
-        (place / "val" / SYNSETS[0] / "notes.txt").write_text("no picture")
-        return place, "notes.txt is not an image"
-    assert kind == "broken"
-    next(place.glob("val/*/*.jpg")).write_bytes(b"no picture")
-    return place, "jpg is not an image that can be read"
+NO_USE = {  # given the photographs and a place for data: the source, and a pattern of the sentence
+    "no folder": (lambda photos, place: "nowhere", "no folder nowhere"),
+    "digits": (lambda photos, place: "digits", "digits are no photographs"),
+    "hub": (lambda photos, place: "owner/imagenet", "Hub cannot be reached"),
+    "empty": (lambda photos, place: place.mkdir() or place, "is empty"),
+    "names": (lambda photos, place: parquet(photos, place, ("cat", "dog", "cow", "hen")), "the data have 4 classes"),
+    "column": (lambda photos, place: parquet(photos, place, label=False), "no label column"),
+    "no rows": (lambda photos, place: parquet(photos, place, rows=0), "has no images"),
+    "no split": (lambda photos, place: (shutil.copytree(photos, place) / "val").rename(place / "train").parent, "has no split 'validation'"),
+    "text": (lambda photos, place: shutil.copytree(photos, place), "notes.txt is not an image"),
+    "broken": (lambda photos, place: shutil.copytree(photos, place), "jpg is not an image that can be read"),
+}
 
 
-@pytest.mark.parametrize("kind", ["no folder", "digits", "hub", "empty", "no rows", "names", "column", "no split", "text", "broken"])
+@pytest.mark.parametrize("kind", NO_USE)
 @pytest.mark.parametrize("workers", [0, 1])
 def test_data_of_no_use_are_one_sentence(kind, workers, photographs, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_hub_answers", lambda source: False)
-    source, words = data_of_no_use(kind, photographs, tmp_path)
+    monkeypatch.setattr(data, "_on_the_hub", lambda source: None)
+    make, words = NO_USE[kind]
+    source = make(photographs, tmp_path / "data")
+    if kind == "text":
+        (source / "val" / SYNSETS[0] / "notes.txt").write_text("no picture")
+    if kind == "broken":
+        next(source.glob("val/*/*.jpg")).write_bytes(b"no picture")
     with pytest.raises((ValueError, FileNotFoundError), match=words) as told:
         evaluate_pretrained("convmixer_1024_20", source, file=weights, workers=workers)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_the_folder_of_the_validation_images_has_any_usual_name(tmp_path, name):
+    (tmp_path / name / "n01440764").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / name / "n01440764" / "0.png")
+    assert len(data.list_files(str(tmp_path), "validation", alone=True)["n01440764"]) == 1
 
 
 # ---------------------------------------------------------------- the command line
@@ -819,7 +772,7 @@ def test_wrong_words_are_one_line(line, words, monkeypatch):
         raise FileNotFoundError("not in the cache")
 
     monkeypatch.setattr(pretrained, "hf_hub_download", absent)
-    monkeypatch.setattr(data, "_hub_answers", lambda source: False)
+    monkeypatch.setattr(data, "_on_the_hub", lambda source: None)
     _, err = convmixer(*line.split(), code=2)
     assert all(word in err for word in words), err
     assert not Path("run").exists()
@@ -965,47 +918,3 @@ def test_finetune_from_a_terminal(two_photos, weights):
     assert told["images"] == 10
     _, err = convmixer("train", "--resume", "--out", "run", "--data", two_photos, "--finetune", "convmixer_768_32", code=2)
     assert "start (convmixer_1024_20 there, convmixer_768_32 now)" in err
-
-
-# ---------------------------------------------------------------- what others wrap around weights
-
-
-def begin(prefix, tensors):
-    return {prefix + key: tensor for key, tensor in tensors.items()}
-
-
-@pytest.mark.parametrize("wrap", [
-    lambda t: {"state_dict": begin("model.", t), "epoch": 3},  # Lightning
-    lambda t: begin("_orig_mod.module.", t), lambda t: begin("module._orig_mod.", t), lambda t: begin("net.", t),
-    lambda t: {"model_state_dict": t, "epoch": 1}, lambda t: {"net": t, "acc": 90.0},
-    lambda t: {"model": {"state_dict": t}}, lambda t: {"state_dict": t, "ema": {"decay": 0.99}},
-], ids=["lightning", "compiled DDP", "DDP compiled", "net.", "model_state_dict", "net", "two deep", "no weights as ema"])
-def test_usual_wrappings_are_taken_off(tmp_path, capsys, wrap):
-    tensors = ConvMixer(8, 1, 3, 4, 10).state_dict()
-    torch.save(wrap(tensors), tmp_path / "c.pth")
-    found, _ = read_weights(tmp_path / "c.pth")
-    assert found.keys() == tensors.keys() and all(torch.equal(found[k], tensors[k]) for k in tensors)
-    assert not capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["state_dict_ema", "model_ema", "ema"])
-def test_averaged_weights_are_taken_and_it_is_said(tmp_path, capsys, name):
-    raw, averaged = (ConvMixer(8, 1, 3, 4, 10).state_dict() for _ in range(2))
-    torch.save({"state_dict": raw, name: averaged, "epoch": 3}, tmp_path / "c.pth.tar")
-    found, _ = read_weights(tmp_path / "c.pth.tar")
-    assert torch.equal(found["0.weight"], averaged["0.weight"])
-    assert capsys.readouterr().err.endswith(f"weights as {name}, state_dict: {name} is taken\n")
-
-
-def test_sixteen_bits_look_to_the_evaluation_as_they_do_to_predict(tmp_path):
-    ramp = np.tile(np.arange(64, dtype=np.uint16) * 1000, (64, 1))
-    Image.fromarray(ramp).save(tmp_path / "ramp.png")
-    theirs = np.asarray(data.open_image(tmp_path / "ramp.png", "x", upright=False)).transpose(2, 0, 1)
-    assert np.array_equal(theirs, read_image(tmp_path / "ramp.png").numpy()) and theirs.max() < 250
-
-
-@pytest.mark.parametrize("name", ["val", "valid", "validation"])
-def test_the_folder_of_the_validation_images_has_any_usual_name(tmp_path, name):
-    (tmp_path / name / "n01440764").mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(tmp_path / name / "n01440764" / "0.png")
-    assert len(data.list_files(str(tmp_path), "validation", alone=True)["n01440764"]) == 1

@@ -33,7 +33,7 @@ def alone(tmp_path, monkeypatch):
     """A folder and a cache of its own, no Hub."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CONVMIXER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(data, "_hub_answers", lambda source: False)
+    monkeypatch.setattr(data, "_on_the_hub", lambda source: None)
     data.tell.cache_clear()
 
 

@@ -1,5 +1,6 @@
 """Kernels of our own on a CPU: what the library would have computed, or the library."""
 
+import json
 import os
 import shutil
 import stat
@@ -12,8 +13,11 @@ from conftest import ROOT
 from torch import nn
 
 from convmixer_edu import units
+from convmixer_edu.checkpoint import read_checkpoint
 from convmixer_edu.model import ConvMixer, Residual, variant
-from convmixer_edu.speed import frozen, Choice
+from convmixer_edu.recipe import Config
+from convmixer_edu.speed import Choice, frozen
+from convmixer_edu.train import train
 
 HERE = bool(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"))
 needs_compiler = pytest.mark.skipif(not HERE, reason="no C++ compiler: the library is used, which other tests cover")
@@ -242,3 +246,54 @@ def test_without_a_cache_the_kernels_go_with_the_process(monkeypatch):
     monkeypatch.setattr(units, "cache_folder", lambda: None)
     assert units.build(ANSWER % 3).answer() == 3
     assert str(units._folder()) == units._temporary().name
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(dtype, value):
+    model, x = units.fast_units(ConvMixer(32, 1, 3, 2, 4), dtype, pytest.fail), torch.randn(4, 3, 8, 8)
+    x[0, 0, 0, 0] = value
+    assert not gradient(model, x, dtype).isfinite().any()
+
+
+def test_a_tracer_and_a_compiler_see_the_layers():
+    torch.manual_seed(0)
+    model, x = units.fast_units(ConvMixer(16, 1, 3, 2, 4)).eval(), torch.randn(4, 3, 8, 8)
+    expected = model(x)
+    assert torch.allclose(torch.fx.symbolic_trace(model)(x), expected, atol=1e-5)
+    assert torch.allclose(torch.compile(model, backend="eager", fullgraph=True)(x), expected, atol=1e-5)
+
+
+def test_the_faster_way_of_a_block_is_told_without_touching_the_model(monkeypatch):
+    torch.manual_seed(0)
+    model, stream = ConvMixer(16, 2, 3, 2, 4), torch.get_rng_state()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    for fastest in (0, 1):
+        monkeypatch.setattr(units, "_quickest", lambda ways, *_: fastest)
+        assert units.units_are_faster(model, (2, 16, 4, 4)) == (HERE and fastest == 1)
+    assert type(model[3]) is nn.Sequential and torch.equal(stream, torch.get_rng_state())
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    monkeypatch.undo()
+    assert units.units_are_faster(model, (2, 16, 4, 4)) in (True, False)
+
+
+def test_without_a_compiler_the_library_is_chosen_and_a_line_says_why(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert not units.units_are_faster(ConvMixer(16, 1, 3, 2, 4), (2, 16, 4, 4))
+    assert [r.getMessage() for r in caplog.records] == [
+        "no kernels of our own: there is no C++ compiler: install g++ or set $CXX"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_run_by_the_kernels_resumes_bit_for_bit(tmp_path, precision):
+    c = Config(dim=16, depth=2, kernel_size=3, patch_size=2, epochs=3, batch_size=32, limit=160, randaug_n=0, holdout=20,
+               checkpoint_seconds=0, depthwise="units", precision=precision)
+    train(c, "digits", tmp_path / "whole", device="cpu")
+    for _ in range(3):  # stopped after each epoch
+        train(c, "digits", tmp_path / "parts", resume=(tmp_path / "parts").exists(), device="cpu",
+              report=lambda event: event["event"] == "epoch")
+    one, other = (read_checkpoint(tmp_path / name / "model.safetensors")[0] for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["depthwise"] == "units"
