@@ -646,7 +646,8 @@ def _library(layers, x, depthwise):
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
     if (not torch.is_grad_enabled() or torch.compiler.is_compiling()
-            or not isinstance(x, Tensor) or x.dim() != 4 or x.device.type != "cpu"
+            or not isinstance(x, Tensor) or x.dim() != 4
+            or x.device.type != "cpu"
             or dtype not in (torch.float32, torch.bfloat16)
             or not _is_unit(layers, depthwise)):
         return None, dtype
