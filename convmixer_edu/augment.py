@@ -501,7 +501,8 @@ def random_erasing(
     """Replace a random box by noise in some of the images (Sec. 3).
 
     Boxes are drawn as timm draws them: 0.02 to 1/3 of the image, 0.3 to
-    1/0.3 times as high as wide, the first of ten that fits, else none. Raises ValueError for images that are not floats yet.
+    1/0.3 times as high as wide, the first of ten that fits, else none.
+    Raises ValueError for images that are not floats yet.
     """
     _check(images, generator, "normalised floats")
     _check_part("p", p)

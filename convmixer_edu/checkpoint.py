@@ -238,9 +238,10 @@ def check_note(
         ensure(name in note and _is_kind(note[name], kind), f"{path} is "
                f"damaged ({name} is {what}): expected what a run writes, copy "
                "it from the mirror or start a new run")
-    more = [] if others is None else [*(note.keys() - {*kinds, *others})]
-    ensure(not more, f"{path} says something about {', '.join(map(repr, more)):.60}: "
-           "expected what this version writes")
+    more = set() if others is None else note.keys() - {*kinds, *others}
+    ensure(not more, f"{path} says something about "
+           f"{', '.join(map(repr, sorted(more))):.60}: expected what this "
+           "version writes")
 
 # %% ../nbs/06b_checkpoint.ipynb #3930448b
 def save_step(

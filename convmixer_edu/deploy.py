@@ -234,17 +234,19 @@ def _checked(ask, model, images, tolerance, what):
     return worst
 
 
-def _into(file, write, check):
-    "Write beside the file, check, and only then give it its name"
-    file = Path(file)
+def _export(model, shape, file, tolerance, what, write, load):
+    "Write beside the file, ask both, and only then give it its name"
+    (model, images), file = _plain_copy(model, shape), Path(file)
     expect(file.parent.is_dir(), f"there is no folder {file.parent}",
            f"one for {file.name}: make it first")
     expect(file.is_file() or not file.exists(), f"{file} cannot be written: "
            "it is a folder or a device", "the name of a file")
     try:
         with written_aside(file) as draft:
-            write(draft)
-            worst = check(draft)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                write(model, images, draft)
+            worst = _checked(load(draft), model, images, tolerance, what)
     except OSError as error:
         raise ValueError(f"{file} could not be written ({brief(error)}): "
                          "make room or choose another folder") from error
@@ -283,20 +285,16 @@ def export_onnx(
         import onnx, onnxruntime, onnxscript  # noqa: E401, F401
     except ImportError as error:
         raise ValueError(MISSING.format(error.name)) from None
-    model, images = _plain_copy(model, shape)
 
-    def write(draft):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                model, (images,), dynamo=True, verbose=False,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                input_names=["images"], output_names=["logits"])
+    def write(model, images, draft):
+        program = torch.onnx.export(
+            model, (images,), dynamo=True, verbose=False,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=["images"], output_names=["logits"])
         program.model.metadata_props.update(notes or {})
         program.save(draft)
 
-    return _into(file, write, lambda draft: _checked(
-        onnx_runner(draft), model, images, tolerance, "ONNX"))
+    return _export(model, shape, file, tolerance, "ONNX", write, onnx_runner)
 
 # %% ../nbs/P4_deploy.ipynb #97983da4
 def _load_exported(file):
@@ -317,23 +315,16 @@ def export_torch(
 
     To read such a file can run what its maker wanted: load your own, never a
     stranger's. Raises `ValueError` where the answers differ."""
-    model, images = _plain_copy(model, shape)
-
-    def write(draft):
+    def write(model, images, draft):
         made = BytesIO()  # torch's own writer aborts on a full disk
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(model, (images,), dynamic_shapes=(
-                {0: torch.export.Dim("batch")},))
-            torch.export.save(program, made, extra_files={
-                "notes.json": json.dumps(notes or {})})
+        program = torch.export.export(model, (images,), dynamic_shapes=(
+            {0: torch.export.Dim("batch")},))
+        torch.export.save(program, made, extra_files={
+            "notes.json": json.dumps(notes or {})})
         draft.write_bytes(made.getvalue())
 
-    def check(draft):  # written a moment ago, by us
-        return _checked(_load_exported(draft), model, images, tolerance,
-                        "torch.export")
-
-    return _into(file, write, check)
+    return _export(model, shape, file, tolerance, "torch.export", write,
+                   _load_exported)  # written a moment ago, by us
 
 # %% ../nbs/P4_deploy.ipynb #7f0d6f49
 def latency(

@@ -144,11 +144,10 @@ def _assemble(sizes, activation, tensors):
 # %% ../nbs/08_imagenet.ipynb #851c14c4
 def _activation(layer):
     "The word for an activation, or a ValueError"
-    words = {"GELU(approximate='none')": "gelu", "ReLU()": "relu",
-             "ReLU(inplace=True)": "relu"}
-    expect(str(layer) in words, f"the model's activation is {layer}",
-           "GELU() or ReLU()")
-    return words[str(layer)]
+    word = {nn.GELU: "gelu", nn.ReLU: "relu"}.get(type(layer))
+    expect(word and getattr(layer, "approximate", "none") == "none",
+           f"the model's activation is {layer}", "GELU() or ReLU()")
+    return word
 
 
 def _parts(model):
@@ -189,6 +188,7 @@ def _check_name(name, sizes, activation):
 
 # %% ../nbs/08_imagenet.ipynb #8a8fa55c
 def _copies(model):
+    "The weights and statistics of a model, each in memory of its own"
     return {key: tensor.detach().clone()
             for key, tensor in model.state_dict().items()}
 

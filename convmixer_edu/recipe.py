@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .augment import Augment
+from .augment import POLICIES, Augment
 from .checkpoint import (CheckpointError, check_note,
                                       read_json)
 from .depthwise import weight_gradient_methods
@@ -109,7 +109,7 @@ CHOICES = {  # the settings that are words, and the words they may be
     "precision": ("auto", "float32", "bfloat16", "float16"),
     "depthwise": ("auto", *weight_gradient_methods(), "units"),
     "init": ("uniform", "covariance"),
-    "engine": ("batched", "timm"),
+    "engine": ("batched", "timm"), "randaug_policy": tuple(POLICIES),
 }
 
 

@@ -1,8 +1,6 @@
 """Data: every source, every mode of picture, every error sentence, and a cache that notices damage."""
 
 import functools
-import hashlib
-import http.server
 import io
 import json
 import os
@@ -11,7 +9,6 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 import warnings
 
 import numpy as np
@@ -20,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT
+from hub import serve
 from huggingface_hub import HfApi, snapshot_download
 from PIL import Image
 from safetensors import SafetensorError
@@ -40,7 +38,7 @@ from convmixer_edu.data import (
     stratified_index,
 )
 
-ANSWERS = data._on_the_hub
+ON_THE_HUB = data._on_the_hub
 
 
 @pytest.fixture(autouse=True)
@@ -357,66 +355,25 @@ def test_only_two_columns_are_read_and_never_by_datasets(tmp_path):
         pq.read_table(file)
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub as a dataset of a few files needs: {"files": path: content, "asked": paths, "line": "cut" or None}."""
-
-    protocol_version, state = "HTTP/1.1", {}
-
-    def log_message(self, *words):
-        pass
-
-    def send(self, code, content, headers=()):
-        self.send_response(code)
-        for name, value in {"Content-Length": len(content), **dict(headers)}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def do_GET(self):
-        files, path = self.state["files"], self.path.partition("?")[0]
-        self.state["asked"].append(path)
-        commit = next((part for part in path.split("/") if len(part) == 40), "1" * 40)
-        name = path.partition(f"/resolve/{commit}/")[2]
-        if self.state.get("line") == "cut" or not files:
-            self.send(503 if files else 404, b"", {} if files else {"X-Error-Code": "RepoNotFound"})
-        elif name:
-            self.send(200, files[name], {"X-Repo-Commit": commit, "ETag": hashlib.sha1(files[name]).hexdigest()})
-        elif "/tree/" in path:
-            self.send(200, json.dumps([{"type": "file", "path": p, "size": len(c), "oid": hashlib.sha1(c).hexdigest()} for p, c in files.items()]).encode())
-        else:
-            here = self.state.get("only", "") in path
-            self.send(200, json.dumps({"id": "x/y", "sha": commit, "siblings": [{"rfilename": p} for p in files if here]}).encode())
-
-    do_HEAD = do_GET
-
-
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """huggingface_hub itself, with a server on this machine that has CIFAR-10's layout; returns its state."""
+    """huggingface_hub itself, with a server on this machine that has CIFAR-10's layout."""
     for seed, split in enumerate(("train", "test")):
         parquet(tmp_path / "served", f"plain_text/{split}-00000-of-00001.parquet", seed=seed)
     files = {p.relative_to(tmp_path / "served").as_posix(): p.read_bytes() for p in (tmp_path / "served").rglob("*.parquet")}
-    state = {"files": files, "asked": []}
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Hub,), {"state": state}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.setenv(name, "127.0.0.1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(data, "_on_the_hub", ANSWERS.__wrapped__)
-    monkeypatch.setattr(data, "HfApi", functools.partial(HfApi, endpoint=endpoint))
-    monkeypatch.setattr(data, "snapshot_download", functools.partial(snapshot_download, endpoint=endpoint, cache_dir=tmp_path / "hub"))
-    yield state
-    server.shutdown()
+    with serve(monkeypatch, files, tmp_path / "hub") as server:
+        monkeypatch.setattr(data, "_on_the_hub", ON_THE_HUB.__wrapped__)
+        monkeypatch.setattr(data, "HfApi", functools.partial(HfApi, endpoint=server.endpoint))
+        monkeypatch.setattr(data, "snapshot_download", functools.partial(snapshot_download, endpoint=server.endpoint, cache_dir=server.cache))
+        yield server
 
 
 def test_hub_pinned_split_by_split_and_only_once(hub, tmp_path):
     s = load_images()
     assert torch.equal(s.images, to_chw(pixels(12, seed=0))) and s.classes == ("a", "b", "c")
     commit = "0b2714987fa478483af9968de7c934580d0bb9a2"
-    assert all(commit in path for path in hub["asked"]) and not any("test-" in path for path in hub["asked"])
-    hub["line"] = "cut"
+    assert all(commit in path for path in hub.asked) and not any("test-" in path for path in hub.asked)
+    hub.online = False
     assert load_images().fingerprint == s.fingerprint  # our own cache needs no network
     assert len(load_images(limit=6)) == 6
     for file in cache_files(tmp_path):
@@ -430,35 +387,35 @@ def test_hub_pinned_split_by_split_and_only_once(hub, tmp_path):
 
 @pytest.mark.parametrize("files", [["data/train-00000-of-00002.parquet"], ["fine/train.parquet", "coarse/train.parquet"]])
 def test_a_dataset_on_the_hub_of_which_a_part_is_here_is_not_taken_for_whole(hub, files):
-    content = hub["files"]["plain_text/train-00000-of-00001.parquet"]
-    hub["files"] = dict.fromkeys(files, content)
+    content = hub.files["plain_text/train-00000-of-00001.parquet"]
+    hub.files = dict.fromkeys(files, content)
     with pytest.raises(ValueError, match=f"has {len(files)} files here, expected all files of one table"):
         load_images("someone/something")
 
 
 def test_of_a_dataset_of_other_files_the_hubs_own_parquet_copy_is_read(hub):
-    hub["only"] = "refs%2Fconvert%2Fparquet"
+    hub.only = "refs%2Fconvert%2Fparquet"
     assert len(load_images("someone/zipped")) == 12
 
 
 def test_hub_errors(hub):
     with pytest.raises(ValueError, match="has no split 'x', expected one of: test, train"):
         load_images("someone/something", "x")
-    hub["line"] = "cut"
+    hub.online = False
     with pytest.raises(FileNotFoundError, match="cannot be reached: set CONVMIXER_DATA to a folder"):
         load_images("someone/else")
-    hub["files"].clear()
+    hub.online, hub.files = True, {}
     with pytest.raises(FileNotFoundError, match="neither a folder here nor a dataset"):
         load_images("someone/nothing")
 
 
 def test_book_source(hub, monkeypatch, capsys, tmp_path):
     assert book_source() == DEFAULT_SOURCE and not capsys.readouterr().out
-    hub["line"] = "cut"
+    hub.online = False
     assert book_source() == "digits" and "out of reach" in capsys.readouterr().out
-    hub["line"] = None
+    hub.online = True
     load_images(limit=3), load_images(split="test", limit=3)
-    hub["line"] = "cut"
+    hub.online = False
     assert book_source() == DEFAULT_SOURCE and not capsys.readouterr().out  # kept here
     monkeypatch.setenv("CONVMIXER_DATA", "digits")
     assert book_source() == "digits" and "CONVMIXER_DATA says so" in capsys.readouterr().out
@@ -472,7 +429,7 @@ def test_a_hub_that_never_answers_is_not_waited_for(monkeypatch, capsys):
         for name in ("no_proxy", "NO_PROXY"):
             monkeypatch.setenv(name, "127.0.0.1")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(data, "_on_the_hub", ANSWERS.__wrapped__)
+        monkeypatch.setattr(data, "_on_the_hub", ON_THE_HUB.__wrapped__)
         monkeypatch.setattr(data, "HfApi", functools.partial(HfApi, endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}"))
         assert book_source() == "digits" and "out of reach" in capsys.readouterr().out
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

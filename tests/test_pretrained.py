@@ -6,7 +6,6 @@ import dataclasses
 import fnmatch
 import functools
 import hashlib
-import http.server
 import io
 import json
 import pickle
@@ -14,7 +13,6 @@ import random
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from pathlib import Path
@@ -26,6 +24,7 @@ import pytest
 import timm
 import torch
 from conftest import HOUR, offline
+from hub import serve
 from PIL import Image
 from safetensors.torch import save, save_file
 from sklearn.datasets import load_sample_image
@@ -394,54 +393,15 @@ def test_weights_of_ones_own_may_have_another_activation(monkeypatch):
 # ---------------------------------------------------------------- the Hub
 
 
-class Server(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub as one file needs. `plan`: after so many bytes the lines of the next downloads break."""
-
-    protocol_version, online, content, sent, plan, asked = "HTTP/1.1", True, b"", None, [], []
-
-    def log_message(self, *words):
-        pass
-
-    def do_HEAD(self):
-        self.asked.append(self.path)
-        if not self.online:
-            return self.send_error(404)
-        self.send_response(200)
-        commit = next((part for part in self.path.split("/") if len(part) == 40), "1" * 40)
-        for name, value in {"X-Repo-Commit": commit, "Content-Length": len(self.content), "X-Linked-Size": len(self.content),
-                            "X-Linked-Etag": f'"{hashlib.sha256(self.content).hexdigest()}"'}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-
-    def do_GET(self):
-        if not self.online:
-            return self.send_error(404)
-        wanted, content = self.headers.get("Range"), self.content if self.sent is None else self.sent
-        body = content[int(wanted[6:].split("-")[0]) if wanted else 0:]
-        self.send_response(206 if wanted else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        cut = self.plan.pop(0) if self.plan else len(body)
-        self.wfile.write(body[:cut])
-        self.close_connection = cut < len(body)
-
-
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """huggingface_hub itself, and a server on this machine with a small network's weights: .model is timm's, .cache the cache."""
+    """huggingface_hub itself, and a server on this machine with a small network's weights; .model is timm's."""
     model = small(monkeypatch)
-    handler = type("Handler", (Server,), {"content": save(model.state_dict()), "plan": [], "asked": [], "model": model,
-                                          "cache": tmp_path / "hub"})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.setenv(name, "127.0.0.1")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client waits between its trials
-    monkeypatch.setattr(pretrained, "hf_hub_download", functools.partial(
-        huggingface_hub.hf_hub_download, endpoint=f"http://127.0.0.1:{server.server_port}", cache_dir=handler.cache))
-    yield handler
-    server.shutdown()
+    with serve(monkeypatch, {"model.safetensors": save(model.state_dict())}, tmp_path / "hub") as server:
+        server.model, server.content = model, save(model.state_dict())
+        monkeypatch.setattr(pretrained, "hf_hub_download", functools.partial(
+            huggingface_hub.hf_hub_download, endpoint=server.endpoint, cache_dir=server.cache))
+        yield server
 
 
 def blob_of(hub):
@@ -507,11 +467,11 @@ def test_only_the_network_that_was_published_is_taken(hub, monkeypatch, pin, oth
     good = hub.content
     if pin:
         pinned(monkeypatch, good)
-    hub.content = save(tiny(num_classes=1000, **other).state_dict())
+    hub.files["model.safetensors"] = save(tiny(num_classes=1000, **other).state_dict())
     for _ in range(2):
         with pytest.warns(UserWarning), pytest.raises(CheckpointError, match=f"of no use .*{words}"):
             load_pretrained("convmixer_768_32")
-    hub.content = good
+    hub.files["model.safetensors"] = good
     shutil.rmtree(hub.cache)
     load_pretrained("convmixer_768_32")
 
