@@ -6,7 +6,7 @@ PY := $(BIN)/python
 READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# threads that wait give way on a busy machine, see nbs/06_machine
+# threads that wait give way on a busy machine, see nbs/W5_machine
 export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: help setup book test serve bench contract gpu clean

@@ -6,7 +6,7 @@ import torch
 from matplotlib.figure import Figure
 
 from convmixer_edu.inference import load_run
-from convmixer_edu.ledger import pretrained_run, recorded, results_folder
+from convmixer_edu.ledger import pretrained_run, read_record, results_folder
 from convmixer_edu.visualize import PALETTE, axes
 
 RUN = "quick8-covariance-seed0"
@@ -25,7 +25,7 @@ def filters(run, rows, columns):
 
 def share():
     """Draw the picture that others show beside a link: 1200 x 630."""
-    run = recorded(pretrained_run().name)
+    run = read_record(pretrained_run().name)
     fig = Figure(figsize=(12, 6.3), facecolor="#14171c", dpi=100)
     wall = fig.add_axes((0.62, 0.08, 0.34, 0.84))
     wall.imshow(filters(results_folder() / RUN, 8, 6), aspect="auto")
@@ -38,7 +38,7 @@ def share():
 
 
 def main():
-    run = recorded(RUN)
+    run = read_record(RUN)
     wall = filters(results_folder() / RUN, 4, 12)
     fig, (left, right) = axes(1, 2, width=9, height=2.4, width_ratios=[2, 1])
     left.imshow(wall)

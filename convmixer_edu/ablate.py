@@ -14,7 +14,7 @@ from pathlib import Path
 
 from scipy import stats
 
-from .ledger import names, recorded, results_folder
+from .ledger import list_records, read_record, results_folder
 from .recipe import FREE, PRESETS, Config
 
 # %% ../nbs/B_ablations.ipynb #dfaeadc2
@@ -270,8 +270,8 @@ def records(
     recipe than its name says, or other data than the rest."""
     folder = Path(results or results_folder()/"ablations")/scale
     found, data = {}, {}
-    for name in names(folder):
-        run = recorded(name, folder)
+    for name in list_records(folder):
+        run = read_record(name, folder)
         arm, _, seed = name.rpartition("-seed")
         if arm not in ARMS or not re.fullmatch("0|[1-9][0-9]*", seed):
             raise ValueError(f"{folder/name} is no run of an arm: expected "

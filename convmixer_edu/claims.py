@@ -19,7 +19,7 @@ from .ablate import (ARMS, CONTRASTS, SCALES, accuracies,
 from .anatomy import count_macs, count_parameters
 from .distributed import IMAGENET_FLAGS, IMAGENET_GPUS
 from .escape import markdown
-from .ledger import names, recorded
+from .ledger import list_records, read_record
 from .model import PAPER_MODELS, ConvMixer
 
 # %% ../nbs/claims.ipynb #f1203fb2
@@ -377,7 +377,7 @@ def _ablated(c):
 # %% ../nbs/claims.ipynb #ca2e37bb
 def _light(c):
     "Our runs of the authors' light script against their number"
-    runs = [recorded(name) for name in names()
+    runs = [read_record(name) for name in list_records()
             if name.startswith("light25-seed")]
     if len(runs) < 2:  # one run has no interval
         return Verdict("not run")

@@ -30,12 +30,12 @@ WORD = re.compile(
     r"(?:[ -](?:hundred|thousand|million|billion))*\b|\b(?:hundred|thousand|million|billion)\b")
 CLAIM = re.compile(r"\[([^\]]+)\]\((?:claims\.ipynb)#([\w-]+)\)")
 FREE = {  # chapter: {number as written: why it need not be computed}
-    "00_question": {"95": "quoted from a review, to show where it is wrong", "256": "a width for the reader to try"},
-    "04_data": {"17": "scikit-learn's digits hold the values 0 to 16"},
-    "05_augment": {"ninety": "from the note of the claim setup-crop"},
-    "05b_engines": {"sixteen": "a bicubic look-up has 4 x 4 neighbours", "0.05": "the custom for a chance of error"},
-    "06_training": {"million": "a figure of speech"},
-    "P2_speed": {"7.5": "the compute capability of a T4; the code has it as two numbers"},
+    "01_question": {"95": "quoted from a review, to show where it is wrong", "256": "a width for the reader to try"},
+    "W1_data": {"17": "scikit-learn's digits hold the values 0 to 16"},
+    "W2_augment": {"ninety": "from the note of the claim setup-crop"},
+    "W3_engines": {"sixteen": "a bicubic look-up has 4 x 4 neighbours", "0.05": "the custom for a chance of error"},
+    "W6_train": {"million": "a figure of speech"},
+    "P4_speed": {"7.5": "the compute capability of a T4; the code has it as two numbers"},
 }
 
 

@@ -251,7 +251,7 @@ def fake(folder, arm, seed, scale="try", **changes):
     (run/"run.json").write_text(json.dumps(told))
     (run/"config.json").write_text("{}")
     (run/"metrics.jsonl").write_text("")
-    ledger.keep(run, f"{arm}-seed{seed}", "none", into=folder/scale)
+    ledger.archive(run, f"{arm}-seed{seed}", "none", into=folder/scale)
     for file in run.iterdir():
         file.unlink()
     run.rmdir()

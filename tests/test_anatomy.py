@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from convmixer_edu.anatomy import (Layer, count_kept, count_macs, count_parameters, layers,
+from convmixer_edu.anatomy import (Layer, count_saved_activations, count_macs, count_parameters, layers,
                                    receptive_field)
 from convmixer_edu.model import PAPER_MODELS, ConvMixer
 
@@ -109,7 +109,7 @@ def test_kept_values_are_those_that_autograd_puts_aside(h, d, k, p, c, side, bat
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         model(torch.rand(batch, c, side, side)).sum().backward()
     padding = 0 if k % 2 else batch * d * h * ((side // p + 1) ** 2 - (side // p) ** 2)
-    assert sum(values for _, values in seen.values()) == batch * count_kept(h, d, p, c, side) + padding
+    assert sum(values for _, values in seen.values()) == batch * count_saved_activations(h, d, p, c, side) + padding
 
 
 def test_receptive_field_of_the_papers_models():
@@ -170,7 +170,7 @@ def test_an_image_smaller_than_a_patch():
 
 def test_defaults_are_imagenets():
     assert count_macs(8, 1, 3, 1) == count_macs(8, 1, 3, 1, num_classes=1000, in_chans=3, image_size=224)
-    assert count_kept(8, 1, 7) == count_kept(8, 1, 7, in_chans=3, image_size=224)
+    assert count_saved_activations(8, 1, 7) == count_saved_activations(8, 1, 7, in_chans=3, image_size=224)
     assert count_parameters(8, 1, 3, 7) == count_parameters(8, 1, 3, 7, num_classes=1000, in_chans=3)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from convmixer_edu.checkpoint import (CheckpointError, Mirror, collect, copy_checked, keyed_generator, latest,
-                                      open_mirror, read_checkpoint, restore, run_files, save_step, sweep,
+                                      open_mirror, read_checkpoint, restore, run_files, save_step, remove_partial,
                                       write_atomically, write_checkpoint)
 
 
@@ -258,7 +258,7 @@ def test_100_kills_during_a_save_leave_a_checkpoint_that_loads(tmp_path):
         assert process.end(signal.SIGKILL)[1] == -signal.SIGKILL
         begun, done = struct.unpack("qq", diary.read_bytes())
         inside += begun > done
-        torn += sweep(folder) > 0
+        torn += remove_partial(folder) > 0
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # nothing damaged has to be passed over
             for place, at_least in ((folder, done), (mirror, 1)):

@@ -249,17 +249,17 @@ def test_weights_without_a_result_still_know_their_recipe(finished, tmp_path):
 
 
 def test_a_record_is_checked_when_it_is_loaded_and_its_seal_covers_the_command(finished, tmp_path):
-    folder = ledger.keep(finished, "a", "the command", weights=True, into=tmp_path)
+    folder = ledger.archive(finished, "a", "the command", weights=True, into=tmp_path)
     inference.load_run(folder)
     edit(folder / "record.json", command="another command")
     with pytest.raises(ValueError, match="was changed"):
-        ledger.recorded("a", tmp_path)
+        ledger.read_record("a", tmp_path)
     with pytest.raises(ValueError, match="was changed"):
         inference.load_run(folder)
 
 
 def test_records_of_before_are_read_as_they_are():
-    for name in ledger.names():
+    for name in ledger.list_records():
         folder = ledger.results_folder() / name
         assert ledger.check_record(folder)["sha256"] == ledger._seal(folder)
         read_setup(folder / "config.json")

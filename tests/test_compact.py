@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from convmixer_edu.claims import claim
-from convmixer_edu.compact import TWEET, from_text, pour, tweet_model
+from convmixer_edu.compact import TWEET, from_text, copy_weights, tweet_model
 from convmixer_edu.model import ConvMixer
 
 
@@ -28,7 +28,7 @@ def test_the_tweet_is_the_network(h, d, k, p, n, rows, columns):
             nn.init.normal_(part.weight)
             part.running_mean.normal_()
             part.running_var.uniform_(0.5, 2)
-    short, x = pour(tweet_model(h, d, k, p, n), ours), torch.randn(2, 3, p * rows, p * columns)
+    short, x = copy_weights(tweet_model(h, d, k, p, n), ours), torch.randn(2, 3, p * rows, p * columns)
     for mode in (True, False):  # training first: it moves BatchNorm's statistics, which must move alike
         assert torch.allclose(ours.train(mode)(x), short.train(mode)(x), atol=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), short.state_dict().values()))
@@ -47,4 +47,4 @@ def test_blocks_begin_with_weights_of_their_own():
 
 def test_other_networks_are_refused():
     with pytest.raises(ValueError, match="expected two forms of one network"):
-        pour(tweet_model(8, 1, 3, 2, 5), ConvMixer(8, 2, 3, 2, 5))
+        copy_weights(tweet_model(8, 1, 3, 2, 5), ConvMixer(8, 2, 3, 2, 5))

@@ -12,7 +12,7 @@ from torch import nn
 import convmixer_edu
 from convmixer_edu.anatomy import count_parameters
 from convmixer_edu.compare import (
-    SOURCES, Result, count_work, full_gmacs, images_per_second, published, recorded_speeds, source, timm_results, work_of,
+    SOURCES, Result, count_cost, full_gmacs, images_per_second, published, recorded_speeds, source, timm_results, cost_of,
 )
 from convmixer_edu.model import PAPER_MODELS
 
@@ -47,8 +47,8 @@ def test_the_work_is_that_of_the_size_of_the_accuracy():
 def test_a_count_at_another_size_is_brought_back(model):
     row = published(model)
     assert row.img_size == 224 < row.gmacs_img_size
-    counted = work_of(row.network, 224)
-    assert full_gmacs(row) == counted.macs / 1e9 < work_of(row.network, row.gmacs_img_size).macs / 1e9
+    counted = cost_of(row.network, 224)
+    assert full_gmacs(row) == counted.macs / 1e9 < cost_of(row.network, row.gmacs_img_size).macs / 1e9
     assert counted.macs / 1e9 == pytest.approx(row.gmacs * (224 / row.gmacs_img_size) ** 2, rel=0.04)
 
 
@@ -84,13 +84,13 @@ NETWORKS = {(row.network, row.gmacs_img_size): row for row in timm_results()}
 @pytest.mark.parametrize("network, size", NETWORKS, ids=str)
 def test_the_work_is_counted_as_timm_counts_it(network, size):
     """By fvcore's rules each of timm's figures comes out."""
-    row, work = NETWORKS[network, size], work_of(network, size)
+    row, work = NETWORKS[network, size], cost_of(network, size)
     assert abs(work.timms / 1e9 - row.gmacs) <= 0.0051
     assert abs(work.parameters / 1e6 - row.param_count_m) <= 0.0051
 
 
 def test_only_convmixer_is_counted_short():
-    short = {network for (network, size), row in NETWORKS.items() if work_of(network, size).macs / 1e9 > 1.02 * row.gmacs}
+    short = {network for (network, size), row in NETWORKS.items() if cost_of(network, size).macs / 1e9 > 1.02 * row.gmacs}
     assert short == {"convmixer_1536_20", "convmixer_768_32", "convmixer_1024_20_ks9_p14"}
 
 
@@ -98,7 +98,7 @@ def test_the_published_models_in_full_and_as_timm_publishes_them():
     for network, full, timms, parameters in (
             ("convmixer_1536_20", "51.10", "48.68", 51_625_960), ("convmixer_768_32", "20.68", "19.55", 21_110_248),
             ("convmixer_1024_20_ks9_p14", "5.95", "5.55", 24_383_464)):
-        work = work_of(network)
+        work = cost_of(network)
         assert (f"{work.macs / 1e9:.2f}", f"{work.timms / 1e9:.2f}", work.parameters) == (full, timms, parameters)
 
 
@@ -107,7 +107,7 @@ def test_the_work_of_attention_is_the_same_fused_or_not_and_the_model_is_left_as
     for block in plain.blocks:
         block.attn.fused_attn = False  # by two products
     plain.train()
-    assert count_work(plain) == work_of("deit_tiny_patch16_224") and plain.training
+    assert count_cost(plain) == cost_of("deit_tiny_patch16_224") and plain.training
 
 
 def test_a_product_that_belongs_to_no_module_is_counted():
@@ -119,7 +119,7 @@ def test_a_product_that_belongs_to_no_module_is_counted():
         def forward(self, x):
             return torch.einsum("bchw,cd->bdhw", x, self.w)
 
-    assert count_work(Odd(), 8).macs == 3 * 5 * 8 * 8
+    assert count_cost(Odd(), 8).macs == 3 * 5 * 8 * 8
 
 
 def test_every_row_and_column_has_a_source():

@@ -15,7 +15,7 @@ from convmixer_edu.deploy import (
     optimize_for_inference,
 )
 from convmixer_edu.model import ConvMixer
-from convmixer_edu.speed import Choice, frozen
+from convmixer_edu.speed import RunSettings, frozen
 
 needs_onnx = pytest.mark.skipif(
     not all(__import__("importlib.util").util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
@@ -88,7 +88,7 @@ def test_the_fastest_way_holds_the_tolerance():
     model, x = network(dim=8), torch.randn(4, 3, 32, 32)
     told = []
     fast = optimize_for_inference(model, x, tolerance=1e-4, seconds=20, report=told.append)
-    plain = frozen(model, Choice())(x)
+    plain = frozen(model, RunSettings())(x)
     assert fast(x).dtype == torch.float32
     assert distance(fast(x), plain) == pytest.approx(fast.difference, abs=1e-5) and fast.difference <= 1e-4
     assert fast.choice.dtype == "float32" and told == fast.timed
@@ -101,7 +101,7 @@ def test_a_way_that_changes_the_answers_is_refused(monkeypatch):
     model, x = network(dim=8), torch.randn(4, 3, 32, 32)
 
     def liar(model, choice):
-        ask = frozen(model, Choice())
+        ask = frozen(model, RunSettings())
         return (lambda images: ask(images) + 1) if choice.channels_last else ask
 
     monkeypatch.setattr(deploy, "frozen", liar)
@@ -114,7 +114,7 @@ def test_a_way_that_fails_says_why_and_the_plain_one_remains(monkeypatch):
     model, x = network(dim=8), torch.randn(4, 3, 32, 32)
 
     def broken(model, choice):
-        if choice != Choice():
+        if choice != RunSettings():
             raise RuntimeError("no compiler\nat all")
         return frozen(model, choice)
 
@@ -134,7 +134,7 @@ def test_more_than_eight_blocks_are_compiled_without_giving_up(capfd):
     """The compiler keeps a few variants of a function only, and a block with frozen weights is one."""
     model, x = network(dim=8, depth=12), torch.randn(2, 3, 32, 32)
     torch._dynamo.reset()
-    out = frozen(model, Choice(compile=True))(x)
+    out = frozen(model, RunSettings(compile=True))(x)
     torch.testing.assert_close(out, model(x).detach(), rtol=0, atol=1e-4)
     assert "recompile_limit" not in capfd.readouterr().err
 

@@ -19,7 +19,7 @@ import torch
 from conftest import HOUR, ROOT, offline
 
 from convmixer_edu import speed
-from convmixer_edu.ledger import recorded
+from convmixer_edu.ledger import read_record
 from convmixer_edu.sweep import merge
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def test_the_queue_killed_and_resumed_leaves_every_record(tmp_path):
     assert {f"{part}: done before" for part in ("kernels", "settings")} <= set(told)
     assert not any("light25-seed0" in line for line in told)
     assert (out / "light25" / "light25-seed0" / "record.json").read_bytes() == kept
-    assert recorded("light25-seed1", out / "light25")["test_accuracy"] > 0  # its seal holds
+    assert read_record("light25-seed1", out / "light25")["test_accuracy"] > 0  # its seal holds
     assert json.loads((out / "kernels" / "kernels.json").read_text())["right"]
     step, whole = (json.loads((out / part / f"{part}.json").read_text()) for part in ("step", "authors"))
     assert set(step["ratio"]) == {"five lines", "five lines, NCHW"} and set(whole["ratio"]) == {"the authors' way, 1 workers"}
@@ -173,7 +173,7 @@ def test_a_slow_candidate_is_timed_once(monkeypatch):
 def test_on_a_gpu_there_is_one_step_after_the_other(device):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
-    step = speed.make_step(speed.Workload(16, 2, 3, 2, batch_size=8), speed.Choice(True), torch.device(device))
+    step = speed.make_step(speed.Workload(16, 2, 3, 2, batch_size=8), speed.RunSettings(True), torch.device(device))
     eager = step.step
     for _ in range(6):
         loss = float(step())

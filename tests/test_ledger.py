@@ -35,26 +35,26 @@ def finished(trained, tmp_path):
 
 
 def test_a_kept_run_reads_back(finished, tmp_path):
-    ledger.keep(finished, "a", "the command", into=tmp_path / "results")
-    record = ledger.recorded("a", tmp_path / "results")
+    ledger.archive(finished, "a", "the command", into=tmp_path / "results")
+    record = ledger.read_record("a", tmp_path / "results")
     told = json.loads((finished / "run.json").read_text())
     assert record["test_accuracy"] == told["test_accuracy"] and record["command"] == "the command"
     assert len(record["metrics"]) == 2
-    assert ledger.names(tmp_path / "results") == ["a"]
+    assert ledger.list_records(tmp_path / "results") == ["a"]
     assert not (tmp_path / "results/a/model.safetensors").exists()
     with pytest.raises(ValueError, match="never written over"):
-        ledger.keep(finished, "a", "again", into=tmp_path / "results")
+        ledger.archive(finished, "a", "again", into=tmp_path / "results")
 
 
 @pytest.mark.parametrize("name", ledger.KEPT)
 def test_any_change_breaks_the_seal(finished, tmp_path, name):
-    folder = ledger.keep(finished, "a", "c", weights=True, into=tmp_path / "results")
+    folder = ledger.archive(finished, "a", "c", weights=True, into=tmp_path / "results")
     (folder / name).write_bytes((folder / name).read_bytes() + b" ")
     with pytest.raises(ValueError, match="was changed"):
-        ledger.recorded("a", tmp_path / "results")
+        ledger.read_record("a", tmp_path / "results")
     (folder / name).unlink()
     with pytest.raises(ValueError, match="was changed"):
-        ledger.recorded("a", tmp_path / "results")
+        ledger.read_record("a", tmp_path / "results")
 
 
 @pytest.mark.parametrize("name", ("config.json", "metrics.jsonl", "run.json", "model.safetensors"))
@@ -64,12 +64,12 @@ def test_a_run_that_was_changed_is_not_recorded(finished, tmp_path, name):
     data[-2] ^= 1
     file.write_bytes(data)
     with pytest.raises(ValueError, match=name):
-        ledger.keep(finished, "a", "c", weights=True, into=tmp_path / "results")
+        ledger.archive(finished, "a", "c", weights=True, into=tmp_path / "results")
     assert not (tmp_path / "results").exists()
 
 
 def test_kept_weights_are_half_as_large_and_the_card_says_what_they_are(finished, tmp_path):
-    folder = ledger.keep(finished, "a", "c", weights=True, into=tmp_path / "results")
+    folder = ledger.archive(finished, "a", "c", weights=True, into=tmp_path / "results")
     whole, half = (read_checkpoint(f / "model.safetensors")[0] for f in (finished, folder))
     assert whole.keys() == half.keys()
     for name, tensor in half.items():
@@ -85,21 +85,21 @@ def test_kept_weights_are_half_as_large_and_the_card_says_what_they_are(finished
 def test_the_network_that_is_given_away_is_small_and_whole():
     run = ledger.pretrained_run()
     assert (run / "model.safetensors").stat().st_size < 1_500_000 and (run / "README.md").exists()
-    assert ledger.recorded(ledger.PRETRAINED)["test_accuracy"] > 85
+    assert ledger.read_record(ledger.PRETRAINED)["test_accuracy"] > 85
 
 
 def test_unfinished_and_unknown_runs_are_refused(finished, tmp_path):
     (finished / "run.json").unlink()
     with pytest.raises(ValueError, match="run.json is missing"):
-        ledger.keep(finished, "a", "c", into=tmp_path)
+        ledger.archive(finished, "a", "c", into=tmp_path)
     with pytest.raises(ValueError, match="no recorded run 'b'"):
-        ledger.recorded("b", tmp_path)
+        ledger.read_record("b", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../a", "a/b", ".hidden", "-rf", "..", "", "a\nb", "a b", "a" * 200])
 def test_a_record_has_a_plain_name_and_stays_in_its_folder(finished, tmp_path, name):
     with pytest.raises(ValueError, match="is no name for a record"):
-        ledger.keep(finished, name, "c", into=tmp_path / "results")
+        ledger.archive(finished, name, "c", into=tmp_path / "results")
     assert not (tmp_path / "results").exists()
 
 
@@ -108,7 +108,7 @@ def test_a_link_in_a_run_is_not_followed(finished, tmp_path, name):
     (finished / name).rename(tmp_path / "secret")
     (finished / name).symlink_to(tmp_path / "secret")
     with pytest.raises(ValueError, match="no regular file"):
-        ledger.keep(finished, "a", "c", into=tmp_path / "results")
+        ledger.archive(finished, "a", "c", into=tmp_path / "results")
     assert not (tmp_path / "results").exists()
 
 
@@ -122,14 +122,14 @@ def test_a_record_is_on_the_disk_before_the_run_may_go(finished, tmp_path, monke
         real(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    folder = ledger.keep(finished, "a", "c", weights=True, into=tmp_path / "results")
+    folder = ledger.archive(finished, "a", "c", weights=True, into=tmp_path / "results")
     files = {ino for ino, _, _ in flushed}
     assert {file.stat().st_ino for file in folder.iterdir()} <= files and len([*folder.iterdir()]) == 6
     assert flushed[-1][0] == folder.parent.stat().st_ino and flushed[-1][1]
 
 
 def test_an_adopted_record_is_the_same_and_brings_nothing_else(finished, tmp_path):
-    folder = ledger.keep(finished, "a", "c", weights=True, into=tmp_path / "results")
+    folder = ledger.archive(finished, "a", "c", weights=True, into=tmp_path / "results")
     (folder / "extra.py").write_text("print(1)")
     copy = ledger.adopt(folder, tmp_path / "other")
     assert {file.name: file.read_bytes() for file in copy.iterdir()} == {
@@ -141,9 +141,9 @@ def test_an_adopted_record_is_the_same_and_brings_nothing_else(finished, tmp_pat
 
 
 def test_every_record_of_the_book_is_whole_and_says_what_it_was():
-    assert ledger.names()
-    for name in ledger.names():
-        run = ledger.recorded(name)
+    assert ledger.list_records()
+    for name in ledger.list_records():
+        run = ledger.read_record(name)
         assert run["config"]["epochs"] == len(run["metrics"]), name
         for key in ("test_accuracy", "seconds", "images_per_second", "peak_memory_mb", "torch", "device",
                     "train_fingerprint", "command"):
@@ -153,12 +153,12 @@ def test_every_record_of_the_book_is_whole_and_says_what_it_was():
         assert abs(100 * right / run["test_images"] - run["test_accuracy"]) < 1e-2, name
 
 
-WITH_WEIGHTS = [n for n in ledger.names() if (ledger.results_folder() / n / "model.safetensors").exists()]
+WITH_WEIGHTS = [n for n in ledger.list_records() if (ledger.results_folder() / n / "model.safetensors").exists()]
 
 
 @pytest.mark.parametrize("name", WITH_WEIGHTS)
 def test_every_weight_file_was_judged_by_itself_and_gives_the_recorded_accuracy(name):
-    run, judged = ledger.recorded(name), ledger.shipped(name)  # the seal covers the weights
+    run, judged = ledger.read_record(name), ledger.shipped(name)  # the seal covers the weights
     note = json.loads((ledger.results_folder() / name / "record.json").read_text())
     assert judged["record"] == note["sha256"], "judged before the record was made anew: python tools/shipped.py"
     assert judged["precision"] == "float32" and judged["images"] == run["test_images"]
@@ -184,6 +184,6 @@ def test_a_card_tells_what_the_file_itself_gives():
 
 
 def test_the_readme_tells_what_the_network_that_comes_along_reached():
-    run, text = ledger.recorded(ledger.PRETRAINED), (ROOT / "README.md").read_text("utf8")
+    run, text = ledger.read_record(ledger.PRETRAINED), (ROOT / "README.md").read_text("utf8")
     assert f"{run['test_accuracy']:.1f} % on CIFAR-10's test images after {run['seconds']:.0f} seconds on one H100" in text
     assert "H100" in run["device"]

@@ -131,7 +131,7 @@ def test_console_script_works_from_the_wheel(environment, tmp_path):
 
 
 def test_recorded_results_are_read_from_the_wheel(environment, tmp_path):
-    script = "from convmixer_edu.ledger import names, results_folder; assert names(); print(results_folder())"
+    script = "from convmixer_edu.ledger import list_records, results_folder; assert list_records(); print(results_folder())"
     place = Path(use(environment, "python", "-c", script, folder=tmp_path).strip())
     assert place.is_relative_to(environment)
 

@@ -46,7 +46,7 @@ def released(tmp_path):
 def test_a_release_agrees_and_running_the_tool_again_changes_nothing(released):
     assert problems("v3.1.4", released) == []
     assert write(released, settings(released)) == []
-    cells = json.loads((released / "nbs" / "03_anatomy.ipynb").read_text("utf8"))["cells"]
+    cells = json.loads((released / "nbs" / "04_anatomy.ipynb").read_text("utf8"))["cells"]
     assert "".join(cells[1]["source"]) == first_cell(settings(released))
     assert "convmixer-edu==3.1.4" in first_cell(settings(released))
 
@@ -58,7 +58,7 @@ def test_a_release_agrees_and_running_the_tool_again_changes_nothing(released):
     ("README.md", "/blob/v3.1.4/", "/blob/main/", "README.md opens"),
     ("_config.yml", "branch: v3.1.4", "branch: main", "_config.yml opens main"),
     ("convmixer_edu/__init__.py", "3.1.4", "3.1.4.dev1", "the package calls itself 3.1.4.dev1"),
-    ("nbs/04_data.ipynb", "convmixer-edu==3.1.4", "convmixer-edu", "the first cell of 04_data.ipynb"),
+    ("nbs/W1_data.ipynb", "convmixer-edu==3.1.4", "convmixer-edu", "the first cell of W1_data.ipynb"),
 ])
 def test_what_disagrees_is_named(released, name, old, new, told):
     edit(released / name, old, new)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from convmixer_edu import machine, speed
 from convmixer_edu.model import ConvMixer
-from convmixer_edu.speed import Choice, Workload
+from convmixer_edu.speed import RunSettings, Workload
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 TINY = Workload(8, 1, 3, 4, batch_size=4)
@@ -99,7 +99,7 @@ def test_bytes_by_hand():
 def test_the_floor_is_the_longer_of_two_times():
     work = replace(TINY, train=False)
     flops, moved = speed.step_flops(work), speed.step_bytes(work)
-    floor = speed.floor(work, (flops / 2, moved / 3))
+    floor = speed.roofline(work, (flops / 2, moved / 3))
     assert (floor.arithmetic, floor.memory, floor.seconds) == pytest.approx((2, 3, 3))
 
 
@@ -129,20 +129,20 @@ def test_every_setting_is_there_once():
 def test_prepare_compiles_the_blocks_as_asked(keep):
     model = ConvMixer(8, 2, 3, 2, 4)
     with patch.object(nn.Module, "compile", autospec=True) as compiled:
-        speed.prepare(model, Choice(True, True, not keep))
+        speed.prepare(model, RunSettings(True, True, not keep))
     assert [call.args[0] for call in compiled.call_args_list] == [m for m in model if isinstance(m, nn.Sequential)]
     assert all(call.kwargs["options"] == {"layout_optimization": not keep} for call in compiled.call_args_list)
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
     with patch.object(nn.Module, "compile", autospec=True) as compiled:
-        speed.prepare(model, Choice())
+        speed.prepare(model, RunSettings())
     assert not compiled.called and model[0].weight.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_every_setting_takes_the_same_step(dtype, channels_last):
-    step = speed.make_step(TINY, Choice(channels_last, dtype=dtype), CPU)
-    plain = speed.make_step(TINY, Choice(), CPU)
+    step = speed.make_step(TINY, RunSettings(channels_last, dtype=dtype), CPU)
+    plain = speed.make_step(TINY, RunSettings(), CPU)
     ours, theirs = ([float(f()) for _ in range(12)] for f in (step, plain))
     assert ours[0] == pytest.approx(theirs[0], rel=0.02)
     assert ours[-1] < ours[0], "it learns"
@@ -151,11 +151,11 @@ def test_every_setting_takes_the_same_step(dtype, channels_last):
 def test_float16_is_trained_with_a_scaler_and_nothing_else_is():
     for dtype in ("float32", "bfloat16", "float16"):
         with patch("torch.amp.GradScaler", wraps=torch.amp.GradScaler) as scaler:
-            speed.make_step(TINY, Choice(dtype=dtype), CPU)
+            speed.make_step(TINY, RunSettings(dtype=dtype), CPU)
         assert scaler.call_args.kwargs["enabled"] == (dtype == "float16")
 
 
-@pytest.mark.parametrize("choice", [Choice(), Choice(True, dtype="bfloat16"), Choice(True, True, dtype="bfloat16")],
+@pytest.mark.parametrize("choice", [RunSettings(), RunSettings(True, dtype="bfloat16"), RunSettings(True, True, dtype="bfloat16")],
                          ids=str)
 def test_a_frozen_model_says_what_the_model_said(choice):
     torch.manual_seed(0)
@@ -267,7 +267,7 @@ def test_no_setting_that_works_is_an_error_with_its_reason(cache):
 
 
 def test_a_profile_names_what_took_the_time():
-    step = speed.make_step(TINY, Choice(), CPU)
+    step = speed.make_step(TINY, RunSettings(), CPU)
     every = speed.profile_step(step, CPU, top=1000)
     assert sum(share for _, share in every) == pytest.approx(1)
     assert [s for _, s in every] == sorted((s for _, s in every), reverse=True)

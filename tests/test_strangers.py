@@ -420,7 +420,7 @@ def test_a_folder_of_another_user_is_not_used_and_it_is_said_once(tmp_path, caps
     cache = tmp_path / "cache"
     cache.mkdir()
     os.chown(cache, SOMEBODY, SOMEBODY)
-    work, choice = speed.Workload(8, 1, 3, 4), speed.Choice(True)
+    work, choice = speed.Workload(8, 1, 3, 4), speed.RunSettings(True)
     for _ in range(2):
         assert load_images(folder).images.unique().tolist() == [255]
         speed.remember({speed.choice_key(work, torch.device("cpu")): choice})
@@ -433,8 +433,8 @@ def test_a_folder_of_another_user_is_not_used_and_it_is_said_once(tmp_path, caps
 @root_only
 def test_settings_and_evaluations_of_another_user_are_not_believed(tmp_path):
     work, cpu = speed.Workload(8, 1, 3, 4), torch.device("cpu")
-    speed.remember({speed.choice_key(work, cpu): speed.Choice(True)})
-    assert speed.known(work, cpu) == speed.Choice(True)
+    speed.remember({speed.choice_key(work, cpu): speed.RunSettings(True)})
+    assert speed.known(work, cpu) == speed.RunSettings(True)
     os.chown(tmp_path / "cache/speed.json", SOMEBODY, SOMEBODY)
     assert speed.known(work, cpu) is None
     note, tally = tmp_path / "cache/evaluations/x.safetensors", pretrained.Tally(3)

@@ -18,7 +18,7 @@ from conftest import HOUR, offline
 from convmixer_edu import ledger, sweep
 from convmixer_edu.ablate import ARMS, arms, records
 from convmixer_edu.claims import claim, verdict
-from convmixer_edu.sweep import Task, decisive, left, merge, plan, work
+from convmixer_edu.sweep import Task, decisive, pending, merge, plan, work
 from convmixer_edu.train import Diverged, TrainingError
 
 TASKS = plan(3, "try", 1)
@@ -26,7 +26,7 @@ TASKS = plan(3, "try", 1)
 
 def ledger_of(folder, tasks=TASKS):
     """All that decides, of every record."""
-    return {task.name: decisive(ledger.recorded(task.name, folder/task.scale)) for task in tasks}
+    return {task.name: decisive(ledger.read_record(task.name, folder/task.scale)) for task in tasks}
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_killed_ten_times_at_random_the_ledger_is_the_same(quiet, tmp_path):
     told, exitcode = forked.Process(child, tmp_path).end()
     assert told[-1] is True and exitcode == 0
     assert ledger_of(tmp_path) == ledger_of(quiet)
-    assert sorted(ledger.names(tmp_path/"try")) == sorted(t.name for t in TASKS)
+    assert sorted(ledger.list_records(tmp_path/"try")) == sorted(t.name for t in TASKS)
 
 
 def test_killed_while_a_record_is_written(quiet, tmp_path, monkeypatch):
@@ -117,7 +117,7 @@ def test_stopped_by_a_signal_it_goes_on_where_it_was(quiet, tmp_path):
     process = forked.Process(child, tmp_path)
     first = next(iter(process))
     rest, _ = process.end(signal.SIGTERM)
-    assert first == TASKS[0].name and left(TASKS, tmp_path)
+    assert first == TASKS[0].name and pending(TASKS, tmp_path)
     assert forked.Process(child, tmp_path).end()[0][-1] is True
     assert ledger_of(tmp_path) == ledger_of(quiet)
 
@@ -184,7 +184,7 @@ def wait_for(condition, seconds=HOUR):
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 def test_a_crowd_works_and_dies_with_its_parent(crowd):
     process, out = crowd
-    wait_for(lambda: len(ledger.names(out/"try")) >= 2)
+    wait_for(lambda: len(ledger.list_records(out/"try")) >= 2)
     crowd = workers(process.pid)
     assert len(crowd) == 2
     process.kill()  # no goodbye: the others must notice
@@ -192,7 +192,7 @@ def test_a_crowd_works_and_dies_with_its_parent(crowd):
     found = records("try", out)  # all that is there is whole
     assert sum(map(len, found.values())) >= 2 and {run["threads"] for runs in found.values() for run in runs} == {
         max(1, len(os.sched_getaffinity(0))//2)}
-    assert left(plan(3, "try", 8), out)
+    assert pending(plan(3, "try", 8), out)
 
 
 def test_what_goes_wrong_in_a_crowd_is_one_sentence(tmp_path):
@@ -218,7 +218,7 @@ def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path, monkeypa
     monkeypatch.setattr(sweep, "train", train)
     assert work(TASKS, tmp_path/"out", "digits", "cpu")
     (run,) = records("try", tmp_path/"out")["relu"]
-    assert "nan" in run["failed"] and not left(TASKS, tmp_path/"out")
+    assert "nan" in run["failed"] and not pending(TASKS, tmp_path/"out")
     shown = sweep.runs(3, "try", tmp_path/"out").data
     assert "not run, 1 failed" in next(line for line in shown.split("\n") if "ReLU" in line)
     row = next(r for r in sweep.rows(3, "try", tmp_path/"out") if r.contrast.arm == "relu")
@@ -375,7 +375,7 @@ def test_what_a_record_says_is_text_in_the_tables(quiet, tmp_path):
 
 
 def test_time_and_place_do_not_decide_but_everything_else_does(quiet):
-    run = ledger.recorded("relu-seed0", quiet/"try")
+    run = ledger.read_record("relu-seed0", quiet/"try")
     other = {**run, "seconds": 9e9, "device": "another", "threads": 77, "images_per_second": 1, "commit": "x"}
     other["metrics"] = [{**line, "seconds": 1.0} for line in run["metrics"]]
     assert decisive(other) == decisive(run)
@@ -392,7 +392,7 @@ def test_time_and_place_do_not_decide_but_everything_else_does(quiet):
 def test_a_table_follows_its_records(quiet, tmp_path):
     shutil.copytree(quiet, tmp_path/"a")
     before = sweep.runs(3, "try", tmp_path/"a").data, sweep.differences(3, "try", tmp_path/"a").data
-    was = ledger.recorded("relu-seed0", quiet/"try")["test_accuracy"]
+    was = ledger.read_record("relu-seed0", quiet/"try")["test_accuracy"]
     run = tmp_path/"a/try/relu-seed0"
     edit(run, f'"test_accuracy": {was}', f'"test_accuracy": {was + 1:.3f}')
     reseal(run)

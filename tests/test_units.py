@@ -16,7 +16,7 @@ from convmixer_edu import units
 from convmixer_edu.checkpoint import read_checkpoint
 from convmixer_edu.model import ConvMixer, Residual, variant
 from convmixer_edu.recipe import Config
-from convmixer_edu.speed import Choice, frozen
+from convmixer_edu.speed import RunSettings, frozen
 from convmixer_edu.train import train
 
 HERE = bool(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"))
@@ -170,7 +170,7 @@ def test_without_gradients_and_frozen_the_library_runs():
     ours = units.fast_units(deepcopy(plain))
     with torch.no_grad():
         assert torch.equal(ours(x), plain(x))
-    assert torch.equal(frozen(ours, Choice())(x), frozen(plain, Choice())(x))
+    assert torch.equal(frozen(ours, RunSettings())(x), frozen(plain, RunSettings())(x))
 
 
 def test_a_hook_on_a_layer_is_called():

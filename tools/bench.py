@@ -40,7 +40,7 @@ from convmixer_edu.recipe import PRESETS, with_settings
 from convmixer_edu.train import Run, _choose, build_model, epoch_order, make_facts
 
 ROUNDS = 5
-PLAIN = speed.Choice()  # NCHW, eager, float32
+PLAIN = speed.RunSettings()  # NCHW, eager, float32
 
 
 def in_turn(functions, amount, rounds=ROUNDS, end=float("inf"), tell=lambda speeds: None):
@@ -150,7 +150,7 @@ def training_step(data, device, batch, **sizes):
                       synchronised(lambda: step(index), device), *plain, setting=step.setting)
     dtype = getattr(torch, step.choice.dtype)
     work = speed.Workload(c.dim, c.depth, c.kernel_size, c.patch_size, batch)
-    limit = speed.floor(work, speed.ceilings(device, dtype), dtype)
+    limit = speed.roofline(work, speed.ceilings(device, dtype), dtype)
     row["part_of_floor"] = round(limit.seconds * row["ours"] / batch, 3)
     row["part_of_arithmetic"] = round(limit.arithmetic * row["ours"] / batch, 3)
     return row

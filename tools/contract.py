@@ -5,7 +5,7 @@
     python tools/contract.py --python PATH    the packages of an environment that is there already
     python tools/contract.py --keep FOLDER    made there, and used again by the next call
     python tools/contract.py --data FOLDER    with CIFAR-10 from there; else the digits
-    python tools/contract.py --only 02_model 04_data
+    python tools/contract.py --only 03_model W1_data
 
 Makes a new environment (gigabytes: not part of make test), installs the wheel as the first cell of a chapter does, runs
 every chapter, then some quick tests. A cell that fails, or writes to stderr, is a fault. Ends with 1 if there was one.
@@ -160,7 +160,7 @@ def main():
     parser.add_argument("--python", help="the Python of an environment whose packages are used")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="make the environment there, once, and leave it")
     parser.add_argument("--data", default="digits", help="the images that the chapters get (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", metavar="CHAPTER", help="such as 02_model")
+    parser.add_argument("--only", nargs="+", metavar="CHAPTER", help="such as 03_model")
     args = parser.parse_args()
     chapters = sorted((ROOT / "nbs").glob("*.ipynb"))
     if unknown := sorted(set(args.only or []) - {path.stem for path in chapters}):

@@ -127,7 +127,7 @@ def measure(work, device, seconds, report=None):
     best = speed.fastest(timed, device)
     dtype, names = getattr(torch, best.dtype), []
     rates = speed.ceilings(device, dtype)
-    limit = speed.floor(work, rates, dtype)
+    limit = speed.roofline(work, rates, dtype)
     if time.monotonic() < deadline:
         torch._dynamo.reset()
         names = speed.profile_step(speed.make_step(work, best, device), device)
@@ -168,7 +168,7 @@ def remember(out, options, device):
     for name, work in workloads(options):
         file = out.parent / "settings" / f"{name}.json"
         if file.exists():
-            best = speed.Choice(**json.loads(file.read_text())["best"])
+            best = speed.RunSettings(**json.loads(file.read_text())["best"])
             speed.remember({speed.choice_key(work, device): best})
 
 
@@ -199,7 +199,7 @@ def train_seeds(options, device, out):
     """Three seeds, sealed, with their weights."""
     import record_runs
 
-    from convmixer_edu.ledger import keep, results_folder
+    from convmixer_edu.ledger import archive, results_folder
     for seed in range(SEEDS if not options.small else 2):
         name = f"light25-seed{seed}"
         if (out / name).exists() or not options.small and (results_folder() / name).exists():
@@ -207,7 +207,7 @@ def train_seeds(options, device, out):
         run, c = out / "work" / name, replace(light25(options), seed=seed)
         if (record := record_runs.run(c, options.data, run, str(device), options.end)) is None:
             return False
-        keep(run, name, f"make gpu: train --preset light25 --set seed={seed}", weights=True, into=out)
+        archive(run, name, f"make gpu: train --preset light25 --set seed={seed}", weights=True, into=out)
         print(f"  {name}: {record['test_accuracy']:.2f} % in {record['seconds']:.1f} s", flush=True)
     return True
 

@@ -27,7 +27,7 @@ from convmixer_edu.ledger import pretrained_run
 from convmixer_edu.machine import choose_device, keep_freed_memory, who_ran
 from convmixer_edu.model import PAPER_MODELS, ConvMixer
 from convmixer_edu.pretrained import from_timm
-from convmixer_edu.speed import Choice, frozen
+from convmixer_edu.speed import RunSettings, frozen
 
 
 RACE = ("convmixer_1536_20", "convmixer_768_32", "convmixer_1024_20_ks9_p14",
@@ -106,7 +106,7 @@ def _race(record, save, device, names, rounds, left):
     todo = [n for n in names if len(race.get(n, [])) < rounds]
     images, ask, several = photos(record["batch_size"]).to(device), {}, {}
     for name in todo:
-        ask[name] = lambda f=frozen(_fresh(name, device), Choice()): f(images)
+        ask[name] = lambda f=frozen(_fresh(name, device), RunSettings()): f(images)
         several[name] = enough(ask[name], device)
     for done in range(rounds):
         for name in todo:
@@ -136,14 +136,14 @@ def _fast_part(record, device, rounds, left, weights):
     tolerance = 0.05 if weights == "drawn" else 0.02
     best = optimize_for_inference(ours, images, tolerance,
                                   min(120.0, left()/3))
-    half = Choice(True, dtype=best.choice.dtype)  # eager, channels last
+    half = RunSettings(True, dtype=best.choice.dtype)  # eager, channels last
     ask = {"timm": torch.inference_mode()(lambda: theirs(images)),
            "ours": lambda: best(images)}
     for key, model in (("eager", ours), ("folded", fold_norms(ours))):
         ask[key] = lambda f=frozen(model, half): f(images)
     seconds = in_turn(ask, device, rounds)
     reference = ask["timm"]()
-    other = frozen(ours, Choice(channels_last=True))(images)
+    other = frozen(ours, RunSettings(channels_last=True))(images)
     return {"network": name, "weights": weights, "seconds": seconds,
             **_ratios(seconds, "timm", "ours"), "tolerance": tolerance,
             "difference": distance(best(images), reference),
@@ -160,7 +160,7 @@ def _trained(choice, device):
     images = torch.cat([photos(250, side, 2) for side in info.image_size[:1]])
     images = images.to(device)
     plain, fast = (frozen(model.to(device), way)(images)
-                   for way in (Choice(), choice))
+                   for way in (RunSettings(), choice))
     return {"run": pretrained_run().name, "images": len(images),
             "difference": distance(fast, plain),
             "equal_answers": int((fast.argmax(1) == plain.argmax(1)).sum())}
@@ -175,7 +175,7 @@ def _variants_part(record, device, rounds, left, weights):
             "768/32 ReLU": lambda: timm.create_model("convmixer_768_32")}
     images, ask = photos(2).to(device), {}
     for name, make in made.items():
-        ask[name] = lambda f=frozen(make().to(device), Choice()): f(images)
+        ask[name] = lambda f=frozen(make().to(device), RunSettings()): f(images)
     seconds = in_turn(ask, device, rounds)
     return {"batch_size": len(images), "seconds": seconds,
             "patch": _ratios(seconds, "1536/20 p7", "1536/20 p14"),
@@ -193,7 +193,7 @@ def _latency_part(name, record, device, rounds, left, weights):
     model = model.to(device)
     best = optimize_for_inference(model, image, tolerance,
                                   min(20.0, max(1.0, left()/4)))
-    plain = frozen(model, Choice())
+    plain = frozen(model, RunSettings())
     ask = {"plain": lambda: plain(image), "fastest": lambda: best(image)}
     found = {"image_size": side, "chosen": str(best.choice),
              "difference": best.difference,

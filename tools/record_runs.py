@@ -1,7 +1,7 @@
 """Make runs for the ledger within a time budget: python tools/record_runs.py --out DIR --seconds 540 light25:0 light25:1
 
 Each word is a preset and a seed. A run that the budget cuts off goes on at the next call; one that is finished is left
-alone. The results, without checkpoints, lie in DIR, ready for `convmixer_edu.ledger.keep`.
+alone. The results, without checkpoints, lie in DIR, ready for `convmixer_edu.ledger.archive`.
 """
 
 import argparse

@@ -12,16 +12,16 @@ import torch
 from convmixer_edu.checkpoint import write_json
 from convmixer_edu.data import load_images
 from convmixer_edu.inference import load_run, score
-from convmixer_edu.ledger import names, recorded, results_folder
+from convmixer_edu.ledger import list_records, read_record, results_folder
 from convmixer_edu.machine import who_ran
 
 
 def main(wanted):
     file = results_folder() / "shipped.json"
     found = json.loads(file.read_text()) if file.exists() else {}
-    with_weights = [n for n in names() if (results_folder() / n / "model.safetensors").exists()]
+    with_weights = [n for n in list_records() if (results_folder() / n / "model.safetensors").exists()]
     for name in wanted or with_weights:
-        run, device = recorded(name), torch.device("cpu")  # its seal holds
+        run, device = read_record(name), torch.device("cpu")  # its seal holds
         model, info = load_run(results_folder() / name)
         data = load_images(None, "test", None, info.config.image_size)
         if data.fingerprint != run["test_fingerprint"]:
