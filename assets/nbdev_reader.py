@@ -40,7 +40,7 @@ TAGS = {  # (directive, value) -> the tag that MyST-NB knows
 COST = re.compile(r"""\bcost\("\w+"\)$""")  # the cell that tells what a chapter takes
 DRAWS = re.compile(r"\b(show|plt\.\w+|subplots)\(")
 CELL_MAGIC = re.compile(r"^\s*[%!].*$", re.M)  # what IPython knows and Python does not
-LONG = {"module": 15, "drawing": 8}  # lines of exported code, of code that draws: longer ones are folded
+LONG = {"code": 15, "drawing": 5}  # lines; longer cells are folded
 # Scripts and styles stand inside the pages, pictures too; nothing comes from another host or goes to one.
 POLICY = ("default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
           "img-src 'self' data:; font-src 'self' data:; connect-src 'self'; worker-src 'self'; base-uri 'self'; "
@@ -109,12 +109,12 @@ def folded(source, tags):
     tree, lines = ast.parse(CELL_MAGIC.sub("", source)).body, source.count("\n") + 1
     count = f"{lines} line{'s' * (lines > 1)}"
     module = next((tag.removeprefix("module-") for tag in tags if tag.startswith("module-")), None)
-    if all(isinstance(part, ast.Import | ast.ImportFrom) for part in tree):
+    if all(isinstance(part, ast.Import | ast.ImportFrom) or ast.unparse(part).startswith("warnings.filterwarnings(")
+           for part in tree):
         return "Imports"
-    if module and lines > LONG["module"] or module and "fold" in tags:
-        return f"{module}.py, {count}"
-    if "fold" in tags or DRAWS.search(source) and lines > LONG["drawing"]:
-        return f"The drawing, {count}" if DRAWS.search(source) else f"The code, {count}"
+    drawing = DRAWS.search(source) and not module
+    if "fold" in tags or lines > LONG["drawing" if drawing else "code"]:
+        return f"{module}.py, {count}" if module else f"The {'drawing' if drawing else 'code'}, {count}"
     return None
 
 
