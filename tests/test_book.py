@@ -261,6 +261,23 @@ def test_page_in_a_browser(site, tab, page):
         assert tab.evaluate("document.querySelectorAll('article mjx-container').length") >= formulas
 
 
+STORY = [chapter["file"] for part in TOC["parts"][:2] for chapter in part["chapters"]] + ["nbs/A_comparisons", "nbs/B_ablations",
+                                                                                          "nbs/B1_scaling", "nbs/C_weights"]
+SHAPE = """(() => { const page = document.querySelector("article.bd-article"), all = page.cloneNode(true), tall = e => e.getBoundingClientRect()
+    all.querySelectorAll("div.cell, script, style, svg").forEach(part => part.remove())
+    const code = [...page.querySelectorAll("div.cell_input")].filter(e => e.checkVisibility()).reduce((sum, e) => sum + tall(e).height, 0)
+    const first = [...page.querySelectorAll("figure, div.cell_output svg, div.cell_output img")].find(e => tall(e).height > 40)
+    return [all.textContent.trim().split(/\\s+/).length, code / page.scrollHeight, tall(first).top + scrollY] })()"""
+
+
+@pytest.mark.parametrize("page", STORY)
+def test_a_page_of_the_story_is_short_and_opens_with_a_picture(site, tab, page):
+    tab.look(1280, 800)
+    tab.open(f"{site}{page}.html")
+    words, code, first = tab.evaluate(SHAPE)
+    assert words <= 2500 and code < 0.21 and first < 800
+
+
 @every_page
 def test_no_rule_of_accessibility_is_broken(site, tab, page):
     """axe finds nothing, in either theme."""
