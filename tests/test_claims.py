@@ -104,7 +104,7 @@ def test_the_light_script_is_judged_by_the_interval_of_our_runs(monkeypatch):
     assert seen.word == "match" and "±" in seen.ours and "3 runs" in seen.how
     far = replace(claim("c-light-25"), value="93.5")
     assert module._light(far).word == "differs"
-    monkeypatch.setattr(module, "names", lambda: ["light25-seed0"])
+    monkeypatch.setattr(module, "list_records", lambda: ["light25-seed0"])
     assert module._light(far).word == "not run"  # one run has no interval
 
 

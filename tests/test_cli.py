@@ -833,7 +833,7 @@ def test_a_sweep_stopped_by_a_signal_says_how_to_go_on(tmp_path):
 def test_the_pace_of_several_processes_is_measured_and_kept(tmp_path, monkeypatch):
     from convmixer_edu import sweep
     asked = []
-    monkeypatch.setattr(sweep, "paces", lambda *args: asked.append(args) or {1: [100.0, 120.0, 110.0], 2: [150.0] * 3})
+    monkeypatch.setattr(sweep, "throughput", lambda *args: asked.append(args) or {1: [100.0, 120.0, 110.0], 2: [150.0] * 3})
     said = works("ablate --scale try --pace --out kept --data digits --device cpu")
     assert "110" in said and "150" in said and asked == [("try", (1, 2, 4), "digits", "cpu")]
     kept = json.loads((tmp_path / "kept/pace.json").read_text())

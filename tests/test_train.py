@@ -265,7 +265,7 @@ def test_workers_may_change_on_resume_and_change_nothing(tmp_path):
 
 
 def test_a_probed_setting_is_noted_used_and_kept(tmp_path):
-    found = t.Choice(channels_last=False, dtype="bfloat16", images_per_second=1.0)
+    found = t.RunSettings(channels_last=False, dtype="bfloat16", images_per_second=1.0)
     c = recipe.with_settings(TINY, {"probe": True})
     with patch.object(t, "choose", return_value=found) as asked:
         record = interrupted(c, tmp_path / "run", 3)
