@@ -18,7 +18,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from .escape import markdown
 from .ledger import results_folder
 
 # %% ../nbs/A_comparisons.ipynb #1301c0be

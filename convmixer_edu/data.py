@@ -440,9 +440,10 @@ class _Table:
     def __getitem__(self, i):
         *piece, row = self.rows[i]
         if piece != self.piece:  # the last one stays at hand
-            file, group = self.piece = piece
+            file, group = piece
             self.cells = _read_parquet(file, lambda table: (
                 table.read_row_group(group, [self.picture])[self.picture]))
+            self.piece = piece  # read
         cell, name = self.cells[row].as_py(), f"image {i} of {self.source}"
         content = cell.get("bytes") if isinstance(cell, dict) else cell
         path = cell.get("path") if isinstance(cell, dict) else None
@@ -546,25 +547,38 @@ def _on_the_hub(source):
     return revision, names
 
 # %% ../nbs/W1_data.ipynb #d0192ff2
-def _from_hub(source, split):
-    "The parquet files of a split, fetched from the Hub if need be."
-    online, wanted = _on_the_hub(source), ()
-    revision, names = online or (_REVISIONS.get(source), ())
-    if online:
-        wanted = pick_split(_by_split(names), split, source)
+def _fetch(source, revision, files, offline):
+    "The folder of a dataset of the Hub, with these files"
     try:
-        folder = Path(snapshot_download(
+        return Path(snapshot_download(
             source, repo_type="dataset", revision=revision,
-            allow_patterns=[escape(name.as_posix()) for name in wanted],
-            local_files_only=not online))
+            allow_patterns=[escape(name.as_posix()) for name in files],
+            local_files_only=offline))
     except hub.LocalEntryNotFoundError:
-        raise FileNotFoundError(
-            f"{source} is no folder here and the Hugging Face Hub cannot be "
-            "reached: set CONVMIXER_DATA to a folder with the data, or to "
-            "digits") from None
+        raise
     except Exception as error:  # of the network, the disk, the Hub
         raise ValueError(f"{source} cannot be loaded from the Hugging Face "
                          f"Hub: {brief(error)}") from None
+
+
+def _from_hub(source, split):
+    "The parquet files of a split, fetched from the Hub if need be."
+    online, wanted = _on_the_hub(source), ()
+    revisions = (None, "refs/convert/parquet")  # that may have been fetched
+    if online:
+        revisions = online[:1]
+        wanted = pick_split(_by_split(online[1]), split, source)
+    elif source in _REVISIONS:
+        revisions = (_REVISIONS[source],)
+    for revision in revisions:
+        with suppress(hub.LocalEntryNotFoundError):
+            folder = _fetch(source, revision, wanted, not online)
+            break
+    else:
+        raise FileNotFoundError(
+            f"{source} is no folder here and the Hugging Face Hub cannot be "
+            "reached: set CONVMIXER_DATA to a folder with the data, or to "
+            "digits")
     files = pick_split(_by_split(sorted(folder.rglob("*.parquet"))), split,
                        source)
     told = {int(n) for n in re.findall(r"-of-(\d+)\.parquet", repr(files))}

@@ -75,7 +75,7 @@ def choose_device(
                 "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used here "
                          f"({str(error).splitlines()[0]}): try cpu") from None
@@ -111,7 +111,8 @@ def profiler():
 
 def short_of_memory(error: BaseException) -> bool:
     "Whether less at a time may help; not every allocator has an error class"
-    words = ("allocate", "not enough memory", "calculation overflowed",
+    words = ("allocate", "not enough memory", "out of memory",
+             "calculation overflowed",
              "Overflow when unpacking")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, (RuntimeError, TypeError, OverflowError))

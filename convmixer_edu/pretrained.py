@@ -176,7 +176,7 @@ def _check_name(name, sizes, activation):
     "A published name, timm's or ours, promises sizes and an activation"
     known = {e.timm.split(".")[0]: e for e in PUBLISHED.values()}
     has = {**sizes, "activation": activation}
-    promised = {key: getattr(known.get(name), key, None) for key in (
+    promised = {key: getattr(known.get(str(name)), key, None) for key in (
         "dim", "depth", "kernel_size", "patch_size", "activation")}
     if str(name).startswith("convmixer_edu"):
         promised["activation"] = "gelu"
@@ -587,9 +587,9 @@ def _batches(pictures, settings, batch_size, workers, device):
         persistent_workers=False)
     try:
         yield from loader
-    except ValueError as error:  # a worker's comes with its traceback
+    except (ValueError, OSError) as error:  # a worker's has its traceback
         last = str(error).strip().split("\n")[-1]
-        raise ValueError(last.removeprefix("ValueError: ")) from None
+        raise ValueError(re.sub(r"^\w+Error: ", "", last)) from None
 
 # %% ../nbs/07_imagenet.ipynb #16982163
 def confused(

@@ -149,6 +149,9 @@ def check_config(
             > 2**32:  # eighty times the paper's largest
         raise ValueError("dim, depth, kernel_size and patch_size make more "
                          "than 2**32 weights: make one of them smaller")
+    if c.depthwise == "units" and c.compile:
+        raise ValueError("depthwise is 'units', whose kernels the compiler "
+                         "does not know: set compile to False")
     augmentation(c)
 
 # %% ../nbs/05_training.ipynb #cf39f278
@@ -173,7 +176,6 @@ def _check_range(name, value, low, high, words):
         raise ValueError(f"{name} is {value!r}, expected a number {words}")
 
 # %% ../nbs/05_training.ipynb #176df9ca
-#| code-fold: true
 def augmentation(
     c: Config,
 ) -> Augment:
@@ -218,7 +220,6 @@ def _parse(name, value, kind):
                          f"{wanted}") from None
 
 # %% ../nbs/05_training.ipynb #9bc45a9c
-#| code-fold: true
 FREE = {"checkpoint_seconds", "workers"}  # settings that decide nothing
 _NOTES = {"source", "version", "images_per_second", "reason"}  # nor do these
 _SETUP = {"config": dict, "source": str, "classes": [str], "channels": int,
@@ -314,7 +315,6 @@ def sources(
             if getattr(preset, f.name) != getattr(plain, f.name)}
 
 # %% ../nbs/05_training.ipynb #851e12df
-#| code-fold: true
 def make_model(
     c: Config,
     num_classes: int,
@@ -325,7 +325,6 @@ def make_model(
                    in_chans, c.residual, c.norm, c.activation)
 
 # %% ../nbs/05_training.ipynb #961ccd85
-#| code-fold: true
 def make_optimizer(
     model: nn.Module,
     c: Config,

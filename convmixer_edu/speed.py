@@ -28,6 +28,7 @@ from .machine import (autocast, device_name, dtype_name, layout,
                                    make_scaler, profiler, real_dtypes,
                                    train_step)
 from .model import ConvMixer
+from .units import fast_units
 
 # %% ../nbs/P4_speed.ipynb #f1d7d330
 @dataclass(frozen=True)
@@ -317,8 +318,11 @@ def make_step(
         return lambda: forward(x)
     y = torch.arange(w.batch_size, device=device) % w.num_classes
     y = nn.functional.one_hot(y, w.num_classes).float()
-    model = fast_depthwise(model, choice.depthwise or w.depthwise)
+    method = choice.depthwise or w.depthwise
+    model = fast_depthwise(model, "library" if method == "units" else method)
     model, scaler = prepare(model, choice), make_scaler(device, dtype)
+    if method == "units":
+        model = fast_units(model, dtype)
     graph = device.type == "cuda" and not scaler.is_enabled()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True,
                                   capturable=graph)

@@ -30,7 +30,8 @@ from .escape import markdown
 from .ledger import KEPT, adopt, archive, read_record
 from .machine import choose_device
 from .recipe import Config
-from .train import Diverged, TrainingError, train
+from .train import (Diverged, Stopped, TrainingError,
+                                 stop_signal, train)
 
 # %% ../nbs/W11_sweep.ipynb #e64e3cdd
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ def work(
     device: str | None = None,
     seconds: float | None = None,  # budget; None: until all is done
     tell=None,  # called with a record when it is finished
-    parent: int | None = None,  # stop when this process is gone
+    gone=lambda: False,  # asked at each step, whether to stop
+    wait: bool = True,  # for runs that are in other hands
 ) -> bool:  # whether all are done
     """Do what is left of a plan, in its order, and stop in time
 
@@ -123,25 +125,26 @@ def work(
     end = None if seconds is None else time.monotonic() + seconds
 
     def watch(event):  # whether train shall save, and stop
-        late = end and time.monotonic() > end
-        return late or parent and os.getppid() != parent
+        return gone() or end is not None and time.monotonic() > end
 
     while waiting := pending(tasks, out):
         for task in waiting:
-            if end and time.monotonic() > end:
+            if watch(None):
                 return False
             with claimed(out/"work"/f"{task.scale}-{task.name}.lock") as own:
                 if not own or task not in pending([task], out):
                     continue
                 try:
                     _one(task, out, source, device, watch)
-                except TrainingError:
-                    if end and time.monotonic() > end:
-                        return False
-                    raise
+                except Stopped as error:
+                    if error.number or not watch(None):
+                        raise
+                    return False
             if tell:
                 tell(read_record(task.name, out/task.scale)
                      | {"scale": task.scale})
+        if not wait:
+            return False
         time.sleep(0.2)  # what is left may be in other hands
     return True
 
@@ -190,11 +193,16 @@ def _in_turn(jobs, calls):
                                 "word: call again to go on") from None
 
 
-def _one_of_many(task, out, source, device, end, parent):
-    "A worker's part: one run, in time, and only while its parent lives"
+def _one_of_many(task, out, source, device, end, parent, flag):
+    "A worker's part: one run, unless it is too late or all shall stop"
     warnings.filterwarnings("ignore", "Using padding='same'")
     seconds = None if end is None else end - time.time()
-    return task, work([task], out, source, device, seconds, parent=parent)
+    gone = lambda: flag.exists() or os.getppid() != parent
+    try:
+        return task, work([task], out, source, device, seconds, gone=gone,
+                          wait=False)
+    except (TrainingError, ValueError, OSError) as error:
+        return task, error  # raised here, it would end the others at once
 
 # %% ../nbs/W11_sweep.ipynb #38c673f3
 def sweep(
@@ -219,11 +227,31 @@ def sweep(
     for split in ("train", "test"):
         load_images(source, split)  # fetched once, before there are many
     end = None if seconds is None else time.time() + seconds
-    for task, done in _in_turn(jobs, (
-            delayed(_one_of_many)(task, out, source, device, end, os.getpid())
-            for task in pending(tasks, out))):
-        if done:
-            tell(read_record(task.name, out/task.scale) | {"scale": task.scale})
+    flag = out/"work"/f".stop-{os.getpid()}"  # there: all save and stop
+    flag.parent.mkdir(parents=True, exist_ok=True)
+    wrong = None
+    with stop_signal(flag.touch) as stop:
+        try:
+            while not flag.exists() and (todo := pending(tasks, out)) and (
+                    end is None or time.time() < end):
+                for task, done in _in_turn(jobs, (
+                        delayed(_one_of_many)(task, out, source, device, end,
+                                              os.getpid(), flag)
+                        for task in todo if not flag.exists())):
+                    if isinstance(done, Exception):
+                        wrong = wrong or done
+                        flag.touch()
+                    elif done:
+                        tell(read_record(task.name, out/task.scale)
+                             | {"scale": task.scale})
+                time.sleep(0.2)  # what is left may be in other hands
+        finally:
+            flag.unlink(missing_ok=True)
+    if stop:
+        raise Stopped(f"stopped by signal {stop[0]}: call again to go on",
+                      stop[0])
+    if wrong:
+        raise wrong
     return not pending(tasks, out)
 
 # %% ../nbs/W11_sweep.ipynb #2986f7c9

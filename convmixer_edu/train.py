@@ -517,7 +517,7 @@ def _open(c, source, data, device, out, resume, first, own):
             check_result(record, out / "run.json")
             _drop_checkpoints(out, own["mirror"])
             return facts, record
-    begun = any(any(folder.glob(CHECKPOINTS)) for folder in (
+    begun = resume and any(any(folder.glob(CHECKPOINTS)) for folder in (
         out, *([own["mirror"].mirror] if own["mirror"] else [])))
     if c.start and not begun:
         own["weights"] = _first_weights(c, data, first)
@@ -617,14 +617,20 @@ def _units_win(c, choice, shape, method, device):
 
 # %% ../nbs/W6_train.ipynb #c2b802c1
 @contextmanager
-def stop_signal():
+def stop_signal(
+    also=lambda: None,  # called when one arrives
+):
     "A list that receives the number of a SIGTERM or SIGINT while it is open"
     caught, before = [], {}
+
+    def catch(number, frame):
+        caught.append(number)
+        also()
+
     try:
         with suppress(ValueError):  # not the main thread: nothing to catch
             for number in (signal.SIGTERM, signal.SIGINT):
-                before[number] = signal.signal(
-                    number, lambda n, frame: caught.append(n))
+                before[number] = signal.signal(number, catch)
         yield caught
     finally:
         for number, handler in before.items():

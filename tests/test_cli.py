@@ -464,6 +464,8 @@ def test_pictures_of_several_sizes_are_told_in_the_words_of_the_command(tmp_path
     ("train --out run --seed 99999999999999999999", ["--seed"]),
     ("train --out run --preset digits --device gpu", ["device 'gpu' cannot be used here", "cuda"]),
     ("train --out run --device cuda:77", ["cuda:77", "try cpu"]),
+    ("train --out run --device meta", ["device 'meta' cannot be used here"]),
+    ("train --out run --set depthwise=units --set compile=true", ["depthwise is 'units'", "compile to False"]),
     ("train --out run --data nowhere", ["no folder nowhere", "digits"]),
     ("train --out run --preset quick --set patch_size=9", ["patch_size is 9", "8 x 8"]),
     ("train --out run --resume", ["run holds no run", "config.json is missing"]),

@@ -195,6 +195,29 @@ def test_a_crowd_works_and_dies_with_its_parent(crowd):
     assert pending(plan(3, "try", 8), out)
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_a_crowd_that_is_told_to_stop_saves_where_it_is(crowd):
+    process, out = crowd
+    wait_for(lambda: len(ledger.list_records(out/"try")) >= 1)
+    crowd = workers(process.pid)
+    process.terminate()
+    _, said = process.communicate(timeout=HOUR)
+    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in said and len(said.strip().split("\n")) == 1
+    assert not list((out/"work").glob(".stop*")) and sum(map(len, records("try", out).values())) >= 1
+    for run in (out/"work").glob("try-*-seed?"):  # what was under way went on to its next step and is on the disk
+        assert list(run.glob("checkpoint*")) or not (run/"config.json").exists()
+    wait_for(lambda: not crowd & workers())
+
+
+def test_two_commands_share_a_plan(tmp_path):
+    """A run in other hands is passed over, not waited for."""
+    from convmixer_edu.checkpoint import claimed
+    (tmp_path/"work").mkdir()
+    with claimed(tmp_path/"work"/f"try-{TASKS[0].name}.lock") as own:
+        assert own and not work(TASKS[:2], tmp_path, "digits", "cpu", wait=False)
+    assert pending(TASKS[:2], tmp_path) == TASKS[:1]
+
+
 def test_what_goes_wrong_in_a_crowd_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="^device .cuda:9. cannot be used here"):
         sweep.sweep(TASKS, tmp_path, "digits", "cuda:9", jobs=2)

@@ -85,6 +85,24 @@ def test_outputs_and_gradients_are_those_of_float64(k, h, size, dtype, training)
         assert norm.num_batches_tracked == expected.num_batches_tracked == int(training)
 
 
+@needs_compiler
+@pytest.mark.parametrize("bias", [0, 10, 100])
+def test_a_mean_far_from_zero_costs_no_more_digits_than_in_the_library(bias):
+    x, up = (torch.randn(4, 32, 9, 9, generator=torch.Generator().manual_seed(1)) for _ in "ab")
+    for depthwise, part in zip((True, False), make(3, 32)):
+        conv = part.fn[0] if depthwise else part[0]
+        with torch.no_grad():
+            conv.weight.mul_(0.1)
+            conv.bias.fill_(bias)
+        exact = deepcopy(part).double()
+        ours, other = (nn.Sequential(part), deepcopy(part)) if depthwise else (part, nn.Sequential(*deepcopy(part)))
+        units.fast_units(ours, torch.float32, pytest.fail)
+        mine, theirs = (derivatives(net, x.clone().requires_grad_(), up) for net in (ours, other))
+        right = derivatives(exact, x.double().requires_grad_(), up.double())
+        for a, b, c in zip(mine, theirs, right):
+            assert apart(a, c) <= max(1e-5, 3 * apart(b, c)), (depthwise, a.shape)
+
+
 def gradient(model, x, dtype=torch.float32):
     """Of all parameters, as one vector."""
     with torch.autocast("cpu", dtype, dtype != torch.float32):
@@ -177,7 +195,16 @@ def test_a_hook_on_a_layer_is_called():
     model, seen = units.fast_units(ConvMixer(16, 2, 3, 2, 4)), []
     model[3][0].fn[0].register_forward_hook(lambda *_: seen.append(1))
     model(torch.randn(4, 3, 8, 8))
-    assert seen == [1]
+    model[4][0].register_forward_hook(lambda *_: seen.append(2))
+    model(torch.randn(4, 3, 8, 8))
+    assert seen == [1, 1, 2]
+
+
+@pytest.mark.parametrize("parts, said", [(dict(residual="none"), "no residual around them"), (dict(kernel_size=16), "a kernel of 2 to 15")])
+def test_what_cannot_be_run_is_said_in_one_sentence(parts, said):
+    told = []
+    units.fast_units(variant(**{**dict(dim=16, depth=1, kernel_size=3, patch_size=2, num_classes=4), **parts}), report=told.append)
+    assert len(told) == 1 and said in told[0]
 
 
 def test_swapping_changes_neither_names_nor_values_nor_the_stream_of_random_numbers():

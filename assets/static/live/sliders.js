@@ -57,7 +57,7 @@ function showAnatomy(figure) {
     drawing.innerHTML = `<rect class="image" width="${s}" height="${s}"/><rect class="field" x="${seen[0]}" y="${seen[0]}" width="${extent}"
       height="${extent}"/><path class="grid" d="${lines}"/><rect class="place" x="${middle - p / 2}" y="${middle - p / 2}" width="${p}" height="${p}"/>`
     return `${whole(parameters)} weights and ${(macs / 1e9).toFixed(2)} billion multiplications for an image of ${s} pixels. A grid of ${side} by ` +
-      `${side} positions; the one in the middle can see ${whole(field)} pixels across${field >= 2 * s ? ", all of the image" : ""}.`
+      `${side} positions; the one in the middle can see ${whole(field)} pixels across${extent >= s ? ", all of the image" : ""}.`
   }
   build(figure, { h: 256, d: 4, k: 5, p: 7 }, [["h", "width", range(64, 1536, 64)], ["d", "depth", range(1, 32)],
     ["k", "kernel", range(1, 15, 2)], ["p", "patch", [1, 2, 4, 7, 8, 14, 16, 28, 32]]], draw, drawing)
