@@ -59,8 +59,10 @@ def svg(
     plt.close(fig)
     text = out.getvalue()
     text = text[text.index("<svg"):].replace(INK, "currentColor")
-    # One page holds many figures; ids of plain groups would repeat on it.
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    # One page holds many figures: ids that nothing asks for would repeat.
+    used = set(re.findall(r'#([^")\s]+)', text))
+    text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "",
+                  text)
     text = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', "", text, count=1)
     inches = fig.get_size_inches()[0]
     return text.replace("<svg", f'<svg role="img" '

@@ -34,8 +34,7 @@ FREE = {  # chapter: {number as written: why it need not be computed}
     "W1_data": {"17": "scikit-learn's digits hold the values 0 to 16"},
     "W2_augment": {"ninety": "from the note of the claim setup-crop"},
     "W3_engines": {"sixteen": "a bicubic look-up has 4 x 4 neighbours", "0.05": "the custom for a chance of error"},
-    "W6_train": {"million": "a figure of speech"},
-    "P4_speed": {"7.5": "the compute capability of a T4; the code has it as two numbers"},
+    "W5_machine": {"million": "a figure of speech", "7.5": "the compute capability of a T4; the code has it as two numbers"},
 }
 
 

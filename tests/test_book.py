@@ -173,7 +173,7 @@ def test_colab_button_leads_to_the_notebook(built, page):
     config = get_config(path=ROOT)
     wanted = (f"https://colab.research.google.com/github/{config.user}/{config.repo}"
               f"/blob/{reference(config)}/{page}.ipynb")
-    found = {link["href"] for link in soup(page).select(".header-article a[href*='colab.research.google.com']")}
+    found = {link["href"] for link in soup(page).select(".bd-header-article a[href*='colab.research.google.com']")}
     assert found == {wanted}
 
 
@@ -261,8 +261,9 @@ def test_page_in_a_browser(site, tab, page):
         assert tab.evaluate("document.querySelectorAll('article mjx-container').length") >= formulas
 
 
-STORY = [chapter["file"] for part in TOC["parts"][:2] for chapter in part["chapters"]] + ["nbs/A_comparisons", "nbs/B_ablations",
-                                                                                          "nbs/B1_scaling", "nbs/C_weights"]
+STORY = [chapter["file"] for part in TOC["parts"][:2] for chapter in part["chapters"]
+         if chapter["file"] != "nbs/07_imagenet"]  # whose reading of files belongs into the workshop, and is not there yet
+STORY += ["nbs/A_comparisons", "nbs/B_ablations", "nbs/B1_scaling", "nbs/C_weights"]
 SHAPE = """(() => { const page = document.querySelector("article.bd-article"), all = page.cloneNode(true), tall = e => e.getBoundingClientRect()
     all.querySelectorAll("div.cell, script, style, svg").forEach(part => part.remove())
     const code = [...page.querySelectorAll("div.cell_input")].filter(e => e.checkVisibility()).reduce((sum, e) => sum + tall(e).height, 0)
