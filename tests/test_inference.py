@@ -12,7 +12,7 @@ def test_a_gpu_is_taken_if_there_is_one(monkeypatch, cuda, mps, chosen):
     tried = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    monkeypatch.setattr(torch, "empty", lambda *size, device: tried.append(device.type))
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: tried.append(device.type) or torch.tensor(0.0))
     assert choose_device().type == chosen and tried == [chosen]
 
 
