@@ -655,6 +655,7 @@ def _library(layers, x, depthwise):
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
     if (not torch.is_grad_enabled() or torch.compiler.is_compiling()
+            or not isinstance(x, Tensor)  # but what a tracer follows
             or x.dim() != 4
             or x.device.type != "cpu"
             or dtype not in (torch.float32, torch.bfloat16)
