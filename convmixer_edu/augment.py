@@ -93,7 +93,6 @@ def _crop(images, lines):
     return F.grid_sample(images, grid, padding_mode="border",
                          align_corners=False)
 
-
 # %% ../nbs/W2_augment.ipynb #670614a9
 MATRICES = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 OPS = ("Identity", "AutoContrast", "Equalize", "Invert", "Posterize",
@@ -101,47 +100,37 @@ OPS = ("Identity", "AutoContrast", "Equalize", "Invert", "Posterize",
        "Sharpness", *MATRICES)
 
 
-def _smooth(f, bands, k):
-    "Pillow's SMOOTH: neighbours weigh 1, the centre 5; the rim stays."
-    image = f.view(-1, *k.shape[1:])  # (BC, H, W)
-    columns, rows = bands
-    box = torch.bmm(image, rows)  # sums of three, from left to right
-    box = torch.baddbmm(image, columns, box, beta=4 / 13, alpha=1 / 13)
-    return f.lerp(box.round_().view(f.shape), k.inner)
-
-
-def _blend(f, n, names, bands, k):
+def _blend(f, n, bands, k):
     "plain + factor * (f - plain), cut off as Pillow does; keeps n's bits."
     grey = f
     if k.shape[0] == 3:  # Pillow's luminance: sixteen bits, exact in float32
         grey = torch.addcmul(k.half, f, k.luma).sum(1, keepdim=True).floor()
     mean = (grey.sum((1, 2), keepdim=True) * n.mean).round()
     plain = torch.addcmul(mean, n.grey, grey)
-    if "Sharpness" in names:
-        plain = torch.addcmul(plain, n.smooth, _smooth(f, bands, k))
+    if bands:  # Pillow's SMOOTH: neighbours weigh 1, the centre 5
+        image = f.view(-1, *k.shape[1:])  # (BC, H, W)
+        box = torch.bmm(image, bands[1])  # sums of three, left to right
+        box = torch.baddbmm(image, bands[0], box, beta=4 / 13, alpha=1 / 13)
+        smooth = f.lerp(box.round_().view(f.shape), k.inner)  # rim stays
+        plain = torch.addcmul(plain, n.smooth, smooth)
     f = (f - plain).mul_(n.factor).add_(plain).clamp_(0, 255)
     return f.floor_().mul_(n.step)
 
 # %% ../nbs/W2_augment.ipynb #63c68b2b
-def _levels(f, n, zeros):
-    "AutoContrast and Equalize: a pixel's place among those of its channel."
-    value = f.long()
-    counts = zeros.scatter_add(2, value, n.equal.expand(f.shape))
-    darker = (counts.cumsum(2) - counts).gather(2, value)  # pixels below it
-    place = torch.addcmul(darker, f - f.amin(2, keepdim=True), n.auto)
-    step = place.amax(2, keepdim=True).floor_divide(255)
-    return torch.where(step > 0, torch.addcdiv(n.half, place, step), f)
-
-
 def _points(f, n, names, zeros, bands, k):
     "All operations but the five that move pixels; whole levels (B, C, HW)."
-    if "Equalize" in names:
-        f = _levels(f, n, zeros)
+    if "Equalize" in names:  # and AutoContrast
+        value = f.long()
+        counts = zeros.scatter_add(2, value, n.equal.expand(f.shape))
+        darker = (counts.cumsum(2) - counts).gather(2, value)
+        place = torch.addcmul(darker, f - f.amin(2, keepdim=True), n.auto)
+        step = place.amax(2, keepdim=True).floor_divide(255)
+        f = torch.where(step > 0, torch.addcdiv(n.half, place, step), f)
     if "SolarizeAdd" in names:
         f = torch.where(f < 128, f + n.add, f)
     if "Solarize" in names:
         f = torch.where(f < n.top, f, 255 - f)
-    return _blend(f, n, names, bands, k)
+    return _blend(f, n, bands, k)
 
 # %% ../nbs/W2_augment.ipynb #83d5af66
 def _matrix(ops, args, height, width, whole):
@@ -224,8 +213,7 @@ def _constants(shape, device, fill=0.0, n=1):
 def _rows(draws, names, nearest, shape):
     "Drawn (ops, args) as (11 n, B) numbers, (6 n, B) more if pixels move."
     c, h, w = shape
-    draws = [(np.asarray(ops), np.asarray(args, np.float64))
-             for ops, args in draws]
+    draws = [(ops, np.float64(args)) for ops, args in draws]
     rows = [_numbers(*draw, h * w * (1 if c == 3 else c)) for draw in draws]
     if names & {*MATRICES}:
         moves = np.stack([_matrix(*draw, h, w, nearest) for draw in draws], 2)
@@ -240,11 +228,10 @@ def _many(f, rows, names, nearest, k):
     numbers = rows[:count * size].unbind()
     if moves:
         looks = _looks(rows[count * size:].chunk(3), nearest, k)
-    b, c, zeros, bands = *f.shape[:2], None, None
-    if "Equalize" in names:
-        zeros = f.new_zeros(b, c, 256)
-    if "Sharpness" in names:
-        bands = [t.expand(b * c, -1, -1) for t in (k.columns, k.rows)]
+    b, c, _ = f.shape
+    zeros = f.new_zeros(b, c, 256) if "Equalize" in names else None
+    bands = "Sharpness" in names and [
+        t.expand(b * c, -1, -1) for t in (k.columns, k.rows)]
     for i in range(count):
         n = _Numbers(*numbers[i * size:(i + 1) * size])
         f = _points(f, n, names, zeros, bands, k)
@@ -267,8 +254,9 @@ def apply_ops(
     """
     _check(images, "torch.uint8")
     count, *shape = images.shape
-    expect(np.shape(ops) == np.shape(args) == (count,), "ops have shape "
-           f"{np.shape(ops)}, args {np.shape(args)}", f"twice ({count},)")
+    ops, args = np.asarray(ops), np.asarray(args)
+    expect(ops.shape == args.shape == (count,), f"ops have shape {ops.shape}"
+           f", args {args.shape}", f"twice ({count},)")
     rows = _rows([(ops, args)], {*OPS}, nearest, shape)
     f = _many(images.float().flatten(2),
               _send(rows[..., None, None], images.device), {*OPS}, nearest,
@@ -367,14 +355,14 @@ def _scale(mean, std, c, top=255):
 
 # %% ../nbs/W2_augment.ipynb #eras0001
 def _draw_erase(p, mode, count, shape, generator):
-    """Boxes (4, B), empty without a hit; noise (B, C, H, W), 0 there, or None.
+    """Boxes (4, B), empty without a hit; noise (B, CHW), 0 there, or None.
 
     As timm draws them: 0.02 to 1/3 of the image, 0.3 to 1/0.3 times as high
     as wide, the first of ten that fits, else none."""
     c, height, width = shape
     box, noise = np.zeros((4, count)), None
     if mode == "pixel":
-        noise = torch.zeros(count, c, height, width, dtype=torch.float32)
+        noise = torch.zeros(count, c * height * width, dtype=torch.float32)
     hit = (_uniform(generator, count) < p).nonzero()[0]
     if len(hit):
         w, h, fits = _first_fit((0.02, 1 / 3), (0.3, 1 / 0.3), width, height,
@@ -382,9 +370,10 @@ def _draw_erase(p, mode, count, shape, generator):
         top = _place(h, height, generator)
         left = _place(w, width, generator)
         box[:, hit] = top, top + h * fits, left, left + w
-    if len(hit) and noise is not None:
-        noise[hit] = torch.randn(len(hit), c, height, width,
-                                 generator=generator, dtype=torch.float32)
+        if noise is not None:
+            noise[hit] = torch.randn(len(hit), c, height, width,
+                                     generator=generator,
+                                     dtype=torch.float32).flatten(1)
     return box, noise
 
 
@@ -394,14 +383,6 @@ def _inside(box, k):
     return (k.y > top) & (k.y < bottom) & (k.x > left) & (k.x < right)
 
 # %% ../nbs/W2_augment.ipynb #mixd0001
-def _targets(num_classes, smoothing):
-    "What each class asks for, (n, n): a part is spread over all."
-    spread = smoothing / num_classes
-    shares = torch.full((num_classes, num_classes), spread,
-                        dtype=torch.float32)
-    return shares.fill_diagonal_(1 - smoothing + spread)
-
-
 def _draw_mix(mixup, cutmix, count, size, generator):
     """timm's draws for a batch as rows (8, B), the same for all images.
 
@@ -461,19 +442,13 @@ class Augment:
         policy, (thin, wide) = self.randaug_policy, self.crop_ratio
         expect(policy in POLICIES, f"randaug_policy is {policy!r}",
                f"one of {', '.join(POLICIES)}")
-        top = POLICIES[policy].top if self.randaug_n else float("inf")
-        part = "a number from 0 to 1"
-        for name, low, high, words in (
-                ("crop_scale", 1e-9, 1, "a number above 0, up to 1"),
-                ("jitter", 0, 1, part), ("erase", 0, 1, part),
-                ("smoothing", 0, 1, part), ("mixup", 0, 1e9, "0 or above"),
-                ("cutmix", 0, 1e9, "0 or above"),
-                ("randaug_n", 0, 1e9, "0 or above"),
-                ("randaug_spread", 0, 1e9, "0 or above"),
-                ("randaug_m", 0, top, f"0 to {top:g}, the scale of policy "
-                 f"{policy!r}")):
-            expect(low <= getattr(self, name) <= high,
-                   f"{name} is {getattr(self, name)}", words)
+        most = dict.fromkeys(("crop_scale", "jitter", "erase", "smoothing"), 1)
+        if self.randaug_n:
+            most["randaug_m"] = POLICIES[policy].top
+        for name in (*most, "randaug_n", "randaug_spread", "mixup", "cutmix"):
+            value, top = getattr(self, name), most.get(name, float("inf"))
+            expect(0 <= value <= top, f"{name} is {value}",
+                   f"a number from 0 to {top:g}")
         expect(0 < thin <= wide, f"crop_ratio is {self.crop_ratio}",
                "0 < low <= high")
         expect(self.erase_mode in ("pixel", "const"), "erase_mode is "
@@ -541,7 +516,9 @@ class Kernels:
         self.k = _constants(shape, device, fill, recipe.randaug_n)
         self.scale, self.shift = (_send(t[:, None], device) for t in
                                   _scale(mean, std, self.shape[0]))
-        self.targets = _send(_targets(num_classes, recipe.smoothing), device)
+        part = recipe.smoothing  # of each class's target, spread over all
+        self.targets = _send(np.eye(num_classes) * (1 - part)
+                             + part / num_classes, device)
         self.sizes = {"index": 1} | {  # numbers an image
             name: part.size // 2
             for name, part in self._draw(2, Generator()).items()}
@@ -565,7 +542,7 @@ class Kernels:
             parts["box"], noise = _draw_erase(a.erase, a.erase_mode, count,
                                               self.shape, generator)
             if noise is not None:
-                parts["noise"] = noise.flatten(1).numpy()
+                parts["noise"] = noise.numpy()
         if a.mixup or a.cutmix:
             parts["mix"] = _draw_mix(a.mixup, a.cutmix, count, self.shape[1:],
                                      generator)
@@ -575,19 +552,14 @@ class Kernels:
         """All draws of a step for `count` images, those of `own` in a buffer.
 
         It is float32 (K, b), pinned for a GPU; `index` travels with them."""
-        parts = self._draw(count, generator)
-        parts["index"] = np.broadcast_to(index, (1, count))
-        packed = torch.empty(sum(self.sizes.values()),
-                             parts["index"][0, own].size, dtype=torch.float32,
+        parts = {"index": np.broadcast_to(index, (1, count))}
+        parts |= self._draw(count, generator)
+        rows = [(part[own] if name in _BY_IMAGE else part[:, own]).ravel()
+                for name, part in parts.items()]
+        packed = torch.empty(sum(self.sizes.values()), len(rows[0]),
+                             dtype=torch.float32,
                              pin_memory=self.device.type == "cuda")
-        start, numbers = 0, packed.numpy()
-        for name, size in self.sizes.items():
-            place, part = numbers[start:start + size], parts[name]
-            if name in _BY_IMAGE:
-                place.reshape(-1, size)[:] = part[own]
-            else:
-                place[:] = part[:, own]
-            start += size
+        np.concatenate(rows, out=packed.numpy().ravel(), casting="unsafe")
         return packed
 
     def unpack(self, packed):
