@@ -370,15 +370,12 @@ def between(
 
 
 def _paper(contrast):
-    "The paper's value as a link, marked where it is weak"
+    "The paper's value as a link"
     value = paper_effect(contrast)
     id = contrast.claim or ARMS[contrast.arm].claim
     if value is None or not id:
         return "not in the paper"
-    weak = {claim(i).confidence for i in (
-        [id] if contrast.claim else [id, ARMS[contrast.against].claim])}
-    mark = next((f", {w}" for w in ("recalled", "derived") if w in weak), "")
-    return claim(id).link(f"{_points(value)}{mark}")
+    return claim(id).link(_points(value))
 
 
 def _against(contrast):
