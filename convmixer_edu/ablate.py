@@ -173,6 +173,8 @@ SCALES = {  # name: how its baseline differs from the paper's recipe
     "tiny-often": dict(dim=64, depth=4, kernel_size=5, patch_size=2,
                        epochs=176, batch_size=64, limit=256,
                        depthwise="groups"),
+    "small": dict(dim=128, depth=4, kernel_size=5, patch_size=4, epochs=12,
+                  batch_size=64),
     "try": dict(dim=8, depth=2, kernel_size=3, patch_size=2, epochs=2,
                 batch_size=64, limit=256, depthwise="library",
                 checkpoint_seconds=0.0)}  # seconds; it means nothing
@@ -183,6 +185,7 @@ STAND_INS = {  # scale: setting: the paper's value -> what stands for it
     "light25": {"kernel_size": {8: 5}},
     "tiny": _TINY,
     "tiny-once": _TINY, "tiny-often": _TINY,
+    "small": {**_TINY, "dim": {128: 64, 256: 128}},
     "try": {"dim": {128: 4, 256: 8}, "kernel_size": {8: 3},
             "depth": {4: 1, 8: 2, 10: 5, 12: 3, 16: 4, 24: 6}}}
 

@@ -29,8 +29,8 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None,
 Preset = Literal["quick", "digits", "light25", "light100", "paper200"]
 Published = Literal["convmixer_1536_20", "convmixer_768_32",
                     "convmixer_1024_20"]
-Scale = Literal["paper200", "light25", "tiny", "tiny-once", "tiny-often",
-                "try"]
+Scale = Literal["paper200", "light25", "small", "tiny", "tiny-once",
+                "tiny-often", "try"]
 Json = Annotated[bool, typer.Option(
     "--json", help="Print one JSON object, for programs.")]
 Device = Annotated[str | None, typer.Option(
