@@ -60,9 +60,9 @@ def _copy(names, source, target):
 
 def _settle(aside, folder):
     "Give a whole record its name, and put the name on the disk"
-    from convmixer_edu.checkpoint import _sync_folder
+    from convmixer_edu.checkpoint import sync_folder
     aside.rename(folder)
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
     return folder
 
 # %% ../nbs/W10_records.ipynb #b12523e9
