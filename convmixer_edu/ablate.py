@@ -166,6 +166,8 @@ ARMS = {arm.name: arm for arm in (BASELINE, *PARTS, *SIZES)}
 SCALES = {  # name: how its baseline differs from the paper's recipe
     "paper200": {},
     "light25": dict(kernel_size=5, patch_size=2, epochs=25, batch_size=512),
+    "small": dict(dim=128, depth=4, kernel_size=5, patch_size=4, epochs=12,
+                  batch_size=64),
     "tiny": dict(dim=64, depth=4, kernel_size=5, patch_size=2, epochs=18,
                  batch_size=64, limit=2500, depthwise="groups"),
     "tiny-once": dict(dim=64, depth=4, kernel_size=5, patch_size=2, epochs=1,
@@ -173,8 +175,6 @@ SCALES = {  # name: how its baseline differs from the paper's recipe
     "tiny-often": dict(dim=64, depth=4, kernel_size=5, patch_size=2,
                        epochs=176, batch_size=64, limit=256,
                        depthwise="groups"),
-    "small": dict(dim=128, depth=4, kernel_size=5, patch_size=4, epochs=12,
-                  batch_size=64),
     "try": dict(dim=8, depth=2, kernel_size=3, patch_size=2, epochs=2,
                 batch_size=64, limit=256, depthwise="library",
                 checkpoint_seconds=0.0)}  # seconds; it means nothing
