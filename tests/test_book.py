@@ -261,8 +261,7 @@ def test_page_in_a_browser(site, tab, page):
         assert tab.evaluate("document.querySelectorAll('article mjx-container').length") >= formulas
 
 
-STORY = [chapter["file"] for part in TOC["parts"][:2] for chapter in part["chapters"]
-         if chapter["file"] != "nbs/07_imagenet"]  # whose reading of files belongs into the workshop, and is not there yet
+STORY = [chapter["file"] for part in TOC["parts"][:2] for chapter in part["chapters"]]
 STORY += ["nbs/A_comparisons", "nbs/B_ablations", "nbs/B1_scaling", "nbs/C_weights"]
 SHAPE = """(() => { const page = document.querySelector("article.bd-article"), all = page.cloneNode(true), tall = e => e.getBoundingClientRect()
     all.querySelectorAll("div.cell, script, style, svg").forEach(part => part.remove())
