@@ -26,7 +26,7 @@ from .model import PAPER_MODELS, ConvMixer
 MARKS = {  # confidence: what it means
     "two_sources": "two independent sources agree",
     "one_source": "one source",
-    "recalled": "recalled, without a source at hand",
+    "recalled": "recalled by readers of the paper, no source found",
     "derived": "worked out from other claims"}
 STATEMENTS = ("statement", "conclusion", "formula")  # not a number
 
@@ -55,17 +55,22 @@ class Claim:
 
     @property
     def text(self) -> str:
-        "Value, unit, and a mark where the value is recalled or derived"
-        mark = self.confidence if self.confidence in (
-            "recalled", "derived") else ""
-        return f"{self.value} {self.unit}".strip() + (mark and f", {mark}")
+        "Value and unit, as chapters show them"
+        return f"{self.value} {self.unit}".strip()
+
+    @property
+    def origin(self) -> str:
+        "Where it was found, and how sure that is where it is weak"
+        weak = self.confidence in ("recalled", "derived") or not self.source
+        return "; ".join(filter(None, (
+            self.source, MARKS[self.confidence] if weak else "")))
 
     def link(
         self,
-        text: str | None = None,  # None: the value with its unit and mark
+        text: str | None = None,  # None: the value with its unit
     ) -> str:
-        "The value, as HTML that leads to this page and names the source"
-        told = f"{self.section}: {self.source or MARKS[self.confidence]}"
+        "The value, as HTML that leads to this page; its title is the origin"
+        told = f"{self.section}: {self.origin}"
         return (f'<a class="claim" href="claims.html#{self.id}" '
                 f'title="{html.escape(told)}">'
                 f"{html.escape(text or self.text)}</a>")
@@ -144,7 +149,7 @@ def table(
     rows = ["| | | the paper | source |", "|:--|:--|--:|:--|"]
     for c in map(claim, ids):
         rows.append(f"| {c.subject} | {c.quantity} | {c.link()} | "
-                    f"{c.source or MARKS[c.confidence]} |")
+                    f"{c.origin} |")
     return Markdown("\n".join(rows))
 
 # %% ../nbs/claims.ipynb #16df1e17
