@@ -22,7 +22,7 @@ from . import __version__
 from .checkpoint import (CHECKPOINTS, check_note, check_run,
                                       check_tensors, claimed, collect, ensure,
                                       expected_tensors, keyed_generator,
-                                      latest, open_mirror, restore, save_step,
+                                      latest, Mirror, restore, save_step,
                                       seal_run, step_file, remove_partial,
                                       write_atomically, write_checkpoint,
                                       write_json)
@@ -495,7 +495,7 @@ def _claim(out, mirror, resume, until_the_end):
     if not resume and any(f.name[0] != "." for f in out.iterdir()):
         raise ValueError(f"{out} is not empty: go on with resume=True or "
                          "choose another folder")  # .DS_Store is none
-    return open_mirror(mirror, out, resume) if mirror else None
+    return Mirror(out, mirror, resume) if mirror else None
 
 
 def _remove_empty(folder):
