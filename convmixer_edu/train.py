@@ -415,8 +415,8 @@ def train(
 
     Killed at any moment and called again with `resume=True`, it ends with
     the same weights, bit for bit on a CPU with as many threads. It stops,
-    with a checkpoint, at SIGTERM, when `seconds` are over, or when `report` returns something
-    true. Raises `ValueError` for data or a folder that cannot be used,
+    with a checkpoint, at SIGTERM, when `seconds` are over, or when `report`
+    returns something true. Raises `ValueError` for data or a folder that cannot be used,
     or that another process trains in,
     `Stopped` when it was stopped and `Diverged` for a loss that is no
     number."""
