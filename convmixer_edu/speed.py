@@ -135,7 +135,7 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        "The floor: the two can overlap, the longer one remains"
+        "The two can overlap, the longer one remains"
         return max(self.arithmetic, self.memory)
 
 
