@@ -17,8 +17,8 @@ import torch
 from .ablate import (ARMS, CONTRASTS, SCALES, accuracies,
                                   estimate, judge, measured, records)
 from .anatomy import count_macs, count_parameters
-from .distributed import IMAGENET_FLAGS, IMAGENET_GPUS
 from .escape import markdown
+from .imagenet import IMAGENET_FLAGS, IMAGENET_GPUS
 from .ledger import list_records, read_record
 from .model import PAPER_MODELS, ConvMixer
 

@@ -295,9 +295,8 @@ def test_page_in_a_browser(site, tab, page):
         assert tab.evaluate("document.querySelectorAll('article mjx-container').length") >= formulas
 
 
-STORY = [chapter["file"] for part in TOC["parts"][:2] for chapter in part["chapters"]
-         if chapter["file"] != "nbs/07_imagenet"]  # whose reading of files belongs into the workshop, and is not there yet
-STORY += ["nbs/A_comparisons", "nbs/B_ablations", "nbs/B1_scaling", "nbs/C_weights"]
+STORY = [chapter["file"] for part in TOC["parts"][:2] for chapter in part["chapters"]]
+STORY += ["nbs/A_comparisons", "nbs/B_ablations", "nbs/B1_scaling", "nbs/C_weights", "nbs/D_implementation"]
 SHAPE = """(() => { const page = document.querySelector("article.bd-article"), all = page.cloneNode(true), tall = e => e.getBoundingClientRect()
     all.querySelectorAll("div.cell, script, style, svg").forEach(part => part.remove())
     const code = [...page.querySelectorAll("div.cell_input")].filter(e => e.checkVisibility()).reduce((sum, e) => sum + tall(e).height, 0)
