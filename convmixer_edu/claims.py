@@ -246,7 +246,7 @@ def _isotropic(c):
 
 # %% ../nbs/claims.ipynb #0c8b51be
 def _quadratic(c):
-    "Multiply-accumulates of the attention matrix for N and 2N places"
+    "Multiply-accumulates of the attention matrix for N and 2N positions"
     from torch.utils.flop_counter import FlopCounterMode
     work = []
     for n in (128, 256):
@@ -255,7 +255,7 @@ def _quadratic(c):
             (q @ q.transpose(-1, -2)).softmax(-1) @ q
         work.append(counter.get_total_flops())
     return Verdict("holds" if work[1] == 4*work[0] else "fails",
-                   f"twice the places: {work[1]/work[0]:.0f} times the work",
+                   f"twice the positions: {work[1]/work[0]:.0f} times the work",
                    "PyTorch's counter")
 
 

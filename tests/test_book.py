@@ -129,16 +129,11 @@ def test_figures_are_described(built, page):
 
 @every_notebook
 def test_numbers_in_prose_are_computed_or_claims(built, page):
-    """A number that a page tells stands in its code or output, or is a claim of the paper, or has a reason."""
-    path = ROOT / f"{page}.ipynb"
-    told = prose.cells(path, "markdown")
-    outputs = "\n".join(node.get_text(" ") for node in soup(page).select(".cell_output"))
-    known = prose.values("\n".join(
-        [*prose.cells(path, "code"), outputs, *(prose.clean(text)[2] for text in told)]))
-    free = prose.FREE.get(path.stem, {})
-    unbound = [(number, text[:60]) for text in told for number in prose.unbound(text, known) if number not in free]
-    assert not unbound
-    assert not [wrong for text in told for wrong in prose.wrong_claims(text)]
+    """A number that a page tells stands in code or output near it, or is a claim of the paper, or has a reason."""
+    path, text = ROOT / f"{page}.ipynb", lambda tree: "\n".join(node.get_text(" ") for node in tree.select(".cell_output"))
+    outputs = {prose.plain(head.get_text().removesuffix("#")): text(head.parent) for head in soup(page).select("article section > h2")}
+    assert not prose.unbound_on(path, {**outputs, None: text(soup(page))})
+    assert not [wrong for _, told, _ in prose.sections(path) for piece in told for wrong in prose.wrong_claims(piece)]
 
 
 def test_every_claim_is_shown_in_its_chapter(built):
