@@ -31,7 +31,9 @@ from convmixer_edu.recipe import Config
 
 HTML = ROOT / "_build" / "html"
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text("utf8"))
+MODULES = sorted(path.stem for path in (ROOT / "convmixer_edu").glob("[!_]*.py"))
 PAGES = [TOC["root"], *(chapter["file"] for part in TOC["parts"] for chapter in part["chapters"])]
+PAGES += [f"nbs/api/{module}" for module in MODULES]
 NOTEBOOKS = [page for page in PAGES if (ROOT / f"{page}.ipynb").exists()]
 every_page = pytest.mark.parametrize("page", PAGES)
 every_notebook = pytest.mark.parametrize("page", NOTEBOOKS)
@@ -253,9 +255,28 @@ def test_long_code_is_folded_and_says_what_it_is(built, page):
 def test_exported_cells_are_marked(built, page):
     text = (ROOT / f"{page}.ipynb").read_text("utf8")
     module = re.search(r"#\|\s*default_exp\s+(\w+)", text)
-    marks = soup(page).select("p.exported a[href*='api.html#module-']")
+    marks = soup(page).select("p.exported a[href*='api/']")
     assert bool(marks) == bool(module)
+    assert all(mark["href"].endswith(f"api/{module[1]}.html#module-convmixer_edu.{module[1]}") for mark in marks)
     assert all(mark.get_text() == f"convmixer_edu.{module[1]}" for mark in marks)
+
+
+def test_every_module_has_its_page_and_no_other_is_there(built):
+    assert sorted(path.stem for path in (HTML / "nbs" / "api").glob("*.html")) == MODULES
+    for module in MODULES:
+        assert soup(f"nbs/api/{module}").find(id=f"module-convmixer_edu.{module}")
+
+
+def test_the_search_puts_chapters_above_the_api(site, tab):
+    """Also where the word is the name of a function."""
+    for word in ("mixup", "claim"):
+        tab.open(f"{site}search.html?q={word}")
+        script = """new Promise(done => { const look = () => { const links = [...document.querySelectorAll("#search-results li a")]
+            links.length > 2 && document.querySelector(".search-summary")?.textContent.includes("finished") | links.length > 5 ?
+            done(links.map(link => link.getAttribute("href"))) : setTimeout(look, 100) }; look() })"""
+        links = tab.evaluate(script)
+        api = ["/api/" in link or "nbs/api" in link for link in links]
+        assert any(api) and api == sorted(api)
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ from convmixer_edu.inference import statistics as image_statistics
 from convmixer_edu.machine import autocast, choose_device, choose_precision, device_name, keep_freed_memory, make_scaler
 from convmixer_edu.model import ConvMixer
 from convmixer_edu.recipe import PRESETS, with_settings
-from convmixer_edu.train import Run, _choose, build_model, epoch_order, make_facts
+from convmixer_edu.train import Run, _choose, build_model, make_facts
 
 ROUNDS = 5
 PLAIN = speed.RunSettings()  # NCHW, eager, float32
@@ -302,7 +302,7 @@ def pipeline(data, device, c, workers=(2,), rounds=ROUNDS, end=float("inf"), tel
 
     def epoch():
         number = next(numbers)
-        order = epoch_order(len(data), 0, number)
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(number))
         for i in range(images // batch):
             step(order[i * batch:(i + 1) * batch], number, i)
 
