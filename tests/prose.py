@@ -122,6 +122,12 @@ def wrong_claims(markdown):
     return wrong
 
 
+def cells(path, kind="code"):
+    """Return the sources of a notebook's cells of one kind."""
+    notebook = json.loads(path.read_text("utf8"))
+    return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == kind]
+
+
 def plain(title):
     """Return a heading's letters and digits, the same in Markdown and on the page."""
     return re.sub(r"\W+", "", title).lower()
