@@ -191,6 +191,7 @@ def test_the_first_page_calls_each_page_by_its_title(built):
     sidebar = {link["href"]: link.get_text(strip=True) for link in soup(TOC["root"]).select("nav.bd-links a.internal")}
     for page in CHAPTERS[1:]:
         title = soup(page).select_one("article h1").find(string=True, recursive=False)
+        assert f"{Path(page).name}.html" in cards, f"write a card for {page} into nbs/index.ipynb"
         assert cards[f"{Path(page).name}.html"] == title, page
         assert sidebar[f"{Path(page).name}.html"] == title, page
     assert len(cards) == len(CHAPTERS) - 1

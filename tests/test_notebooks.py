@@ -52,7 +52,8 @@ def test_every_module_has_one_notebook():
             homes.setdefault(module, []).append(path.name)
     assert all(len(names) == 1 for names in homes.values()), f"written in several notebooks: {homes}"
     modules = {path.stem for path in (ROOT / "convmixer_edu").glob("*.py")} - {"__init__", "__main__", "_modidx"}  # the first two by hand
-    assert modules == set(homes), f"no notebook has a `#| default_exp` for {modules - set(homes)}; run nbdev_export for {set(homes) - modules}"
+    assert not modules - set(homes), f"no notebook has a `#| default_exp` for {sorted(modules - set(homes))}"
+    assert not set(homes) - modules, f"run nbdev_export for {sorted(set(homes) - modules)}"
 
 
 def test_notebooks_are_clean(tmp_path):
