@@ -2,7 +2,7 @@
 
 Takes the place of MyST-NB's notebook reader. Besides, it makes the build see what decides a page's
 outputs (the package, the recorded results, the data), marks the cells that the package is made of,
-and puts MathJax beside the pages and a policy into them, so that a page asks no other host for anything.
+and puts a policy into the pages, so that a page asks no other host for anything.
 """
 
 import ast
@@ -14,10 +14,10 @@ import os
 import re
 import shutil
 import sys
-from importlib.metadata import distribution
 from pathlib import Path
 
 import nbformat
+from book_site import picture
 from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.transforms import SphinxTransform
@@ -269,23 +269,6 @@ def plain_to_rst(text):
     return "".join(parts)
 
 
-def copy_mathjax(app):
-    """Put MathJax, as a wheel carries it, beside the pages."""
-    if app.builder.format != "html":
-        return
-    wheel = distribution("sphinx-mathjax-offline")
-    home = Path(wheel.locate_file("sphinx-mathjax-offline/static/mathjax"))
-    wanted = ["tex-chtml.js", "input/tex/extensions", "output/chtml/fonts/woff-v2", "a11y",
-              "sre/mathmaps/base.json", "sre/mathmaps/en.json"]
-    for name in wanted:
-        target = Path(app.outdir) / "mathjax" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if (home / name).is_dir():
-            shutil.copytree(home / name, target, dirs_exist_ok=True)
-        else:
-            shutil.copyfile(home / name, target)
-
-
 def copy_network(app):
     """Put the run whose network comes with the package where the pages' script looks for it."""
     from convmixer_edu.ledger import pretrained_run
@@ -311,9 +294,9 @@ def add_head(app, pagename, templatename, context, doctree):
     What is left of the live code is taken out."""
     tags = [f'<meta http-equiv="Content-Security-Policy" content="{POLICY}" />']
     if doctree:
-        picture = f"{app.config.html_baseurl}_static/share.png"
+        image = f"{app.config.html_baseurl}_static/{picture(pagename)}"
         title = html.unescape(re.sub("<[^>]+>", "", context["title"]))
-        about = {"og:type": "article", "og:title": title, "og:description": summary(doctree), "og:image": picture,
+        about = {"og:type": "article", "og:title": title, "og:description": summary(doctree), "og:image": image,
                  "og:url": f"{app.config.html_baseurl}{pagename}.html"}
         tags += [f'<meta property="{name}" content="{html.escape(text)}" />' for name, text in about.items()]
         tags += [f'<meta name="description" content="{html.escape(about["og:description"])}" />',
@@ -354,7 +337,6 @@ def setup(app):
     app.connect("config-inited", use_reader)
     app.connect("config-inited", drop_thebe)
     app.connect("config-inited", write_api)
-    app.connect("builder-inited", copy_mathjax)
     app.connect("builder-inited", copy_network)
     app.connect("doctree-read", fold_code)
     app.connect("doctree-read", mark_exports)

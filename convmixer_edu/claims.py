@@ -34,7 +34,7 @@ from .recipe import learning_rate
 MARKS = {  # confidence: what it means
     "two_sources": "two independent sources agree",
     "one_source": "one source",
-    "recalled": "recalled, without a source at hand",
+    "recalled": "recalled by readers of the paper, no source found",
     "derived": "worked out from other claims"}
 NUMBER = r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?"
 STATEMENTS = ("statement", "conclusion", "formula")  # not a number
@@ -61,17 +61,22 @@ class Claim:
 
     @property
     def text(self) -> str:
-        "Value, unit, and a mark where the value is recalled or derived"
-        mark = self.confidence if self.confidence in (
-            "recalled", "derived") else ""
-        return f"{self.value} {self.unit}".strip() + (mark and f", {mark}")
+        "Value and unit, as chapters show them"
+        return f"{self.value} {self.unit}".strip()
+
+    @property
+    def origin(self) -> str:
+        "Where it was found, and how sure that is where it is weak"
+        weak = self.confidence in ("recalled", "derived") or not self.source
+        return "; ".join(filter(None, (
+            self.source, MARKS[self.confidence] if weak else "")))
 
     def link(
         self,
-        text: str | None = None,  # None: the value with its unit and mark
+        text: str | None = None,  # None: the value with its unit
     ) -> str:
-        "The value, as HTML that leads to this page and names the source"
-        told = f"{self.section}: {self.source or MARKS[self.confidence]}"
+        "The value, as HTML that leads to this page; its title is the origin"
+        told = f"{self.section}: {self.origin}"
         return (f'<a class="claim" href="claims.html#{self.id}" '
                 f'title="{html.escape(told)}">'
                 f"{html.escape(text or self.text)}</a>")
@@ -140,7 +145,7 @@ def table(*ids: str):  # which claims, in this order
     rows = ["| | | the paper | source |", "|:--|:--|--:|:--|"]
     for c in map(claim, ids):
         rows.append(f"| {c.subject} | {c.quantity} | {c.link()} | "
-                    f"{c.source or MARKS[c.confidence]} |")
+                    f"{c.origin} |")
     return Markdown("\n".join(rows))
 
 # %% ../nbs/claims.ipynb #16df1e17
@@ -227,14 +232,14 @@ def _structure(c):
 
 # %% ../nbs/claims.ipynb #0c8b51be
 def _quadratic(c):
-    "Multiply-accumulates of the attention matrix for N and 2N places"
+    "Multiply-accumulates of the attention matrix for N and 2N positions"
     work = []
     for n in (128, 256):
         q = torch.randn(1, 1, n, 16)
         with FlopCounterMode(display=False) as counter:
             (q @ q.transpose(-1, -2)).softmax(-1) @ q
         work.append(counter.get_total_flops())
-    return _holds(work[1] == 4*work[0], "twice the places: "
+    return _holds(work[1] == 4*work[0], "twice the positions: "
                   f"{work[1]/work[0]:.0f} times the work", "PyTorch's counter")
 
 
