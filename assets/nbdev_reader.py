@@ -181,8 +181,8 @@ def write_api(app, config):
             page.unlink()
     for chapter, module, about in table:
         members = "" if module == "cli" else "   :members:\n"  # its functions are commands: W13 shows them
-        text = (f"# {module}: {about}\n\nWritten in [](../{chapter}.ipynb).\n\n```{{eval-rst}}\n"
-                f".. automodule:: {PACKAGE}.{module}\n{members}```\n")
+        text = (f"# {module}\n\nThe module `{PACKAGE}.{module}`: {about}. It is written in [](../{chapter}.ipynb).\n\n"
+                f"```{{eval-rst}}\n.. automodule:: {PACKAGE}.{module}\n{members}```\n")
         page = folder / f"{module}.md"
         if not page.exists() or page.read_text("utf8") != text:
             page.write_text(text, "utf8")
