@@ -298,15 +298,11 @@ def differences(
 
 
 def _paper(row):
-    "The paper's value as a link, marked where it is weak"
-    c = row.contrast
-    ids = [c.claim] if c.claim else [
-        ARMS[name].claim for name in (c.arm, c.against)]
+    "The paper's value as a link"
     if row.paper is None:
         return "not in the paper"
-    weak = {claim(i).confidence for i in ids}
-    mark = next((f", {w}" for w in ("recalled", "derived") if w in weak), "")
-    return claim(ids[0]).link(f"{row.paper:+.2f}{mark}")
+    c = row.contrast
+    return claim(c.claim or ARMS[c.arm].claim).link(f"{row.paper:+.2f}")
 
 # %% ../nbs/W11_sweep.ipynb #d95b1f39
 def runs(

@@ -394,9 +394,10 @@ def train(
     """Train a ConvMixer and leave a folder that tells how (Sec. 3)
 
     Killed at any moment and called again with `resume=True`, it ends with
-    the same weights, bit for bit on a CPU. It stops, with a checkpoint, at
-    SIGTERM, or when `report` returns something true. Raises `ValueError` for
-    data or a folder that cannot be used, or that another process trains in,
+    the same weights, bit for bit on a CPU with as many threads. It stops,
+    with a checkpoint, at SIGTERM, or when `report` returns something true.
+    Raises `ValueError` for data or a folder that cannot be used, or that
+    another process trains in,
     `Stopped` when it was stopped and `Diverged` for a loss that is no
     number."""
     _check_torch()

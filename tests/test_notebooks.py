@@ -93,7 +93,8 @@ def imported(path, modules):
     found = set()
     for node in ast.walk(ast.parse(path.read_text("utf8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name.removeprefix("convmixer_edu.") for alias in node.names}
+            found |= {alias.name.removeprefix("convmixer_edu.") for alias in node.names
+                      if alias.name.startswith("convmixer_edu.")}  # a bare `train` is timm's script
         elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("convmixer_edu")):
             here = (node.module or "").removeprefix("convmixer_edu").strip(".")
             found |= {here} if here else {alias.name for alias in node.names}
