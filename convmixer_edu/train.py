@@ -197,7 +197,8 @@ class Run:
                 (0 <= step <= self.total, f"is of step {step} of {self.total}"),
                 (file.name == step_file(step),
                  f"is of step {step}, its name says another"),
-                (epochs == [*range(1, step // self.steps + 1)],
+                (len(epochs) == step // self.steps
+                 and epochs == [*range(1, len(epochs) + 1)],
                  f"tells of {len(epochs)} epochs after {step} steps"),
                 (meta["seconds"] >= 0, "took less than no time")):
             ensure(right, f"{file} {words}: expected a checkpoint of the run "
