@@ -171,6 +171,23 @@ def use_reader(app, config):
     config.nb_custom_formats = {".ipynb": ("nbdev_reader.read", options, False)}
 
 
+def write_api(app, config):
+    """Write a page for each module, named as CONTRIBUTING.md's table does; a page that says the same stays as it is."""
+    table = re.findall(r"^\| (\w+) \| [^|]* \| `(\w+)\.py`: (.+?) \|$", (ROOT / "CONTRIBUTING.md").read_text("utf8"), re.M)
+    folder = ROOT / "nbs" / "api"
+    folder.mkdir(exist_ok=True)
+    for page in folder.glob("*.md"):
+        if page.stem not in {module for _, module, _ in table}:
+            page.unlink()
+    for chapter, module, about in table:
+        members = "" if module == "cli" else "   :members:\n"  # its functions are commands: W13 shows them
+        text = (f"# {module}\n\nThe module `{PACKAGE}.{module}`: {about}. It is written in [](../{chapter}.ipynb).\n\n"
+                f"```{{eval-rst}}\n.. automodule:: {PACKAGE}.{module}\n{members}```\n")
+        page = folder / f"{module}.md"
+        if not page.exists() or page.read_text("utf8") != text:
+            page.write_text(text, "utf8")
+
+
 class NumberFigures(SphinxTransform):
     """Make the output of a cell with a label and a caption a numbered figure that text can point at."""
 
@@ -320,6 +337,7 @@ def setup(app):
     app.add_transform(NumberFigures)
     app.connect("config-inited", use_reader)
     app.connect("config-inited", drop_thebe)
+    app.connect("config-inited", write_api)
     app.connect("builder-inited", copy_network)
     app.connect("doctree-read", fold_code)
     app.connect("doctree-read", mark_exports)

@@ -121,7 +121,7 @@ PARTS = (  # Table 3
         "b3-second-residual"),
     Arm("layernorm", "LayerNorm over an image", 3, dict(norm="layer"),
         "b3-layernorm"),
-    Arm("layernorm-place", "LayerNorm at each place", 3,
+    Arm("layernorm-place", "LayerNorm at each position", 3,
         dict(norm="layer2d"), "b3-layernorm"),
     Arm("relu", "ReLU for GELU", 3, dict(activation="relu"), "b3-relu"),
     Arm("no-mix", "no mixup, no CutMix", 3, dict(mixup=0.0, cutmix=0.0),

@@ -40,7 +40,7 @@ def write_atomically(
     """Write a file that is whole or, whatever happens, not there at all
 
     Written aside, flushed to the disk, then renamed. Raises `CheckpointError`
-    when it cannot be written; what was there before stays as it was."""
+    when it cannot be written; a file that was there is then whole still."""
     path = Path(path)
     try:
         with written_aside(path) as aside:
@@ -49,7 +49,7 @@ def write_atomically(
     except OSError as error:
         raise CheckpointError(
             f"{path} could not be written ({brief(error)}): make room or "
-            "choose another folder, the file before it is untouched"
+            "choose another folder; what is there now is whole"
         ) from None
 
 
@@ -401,8 +401,8 @@ def keyed_generator(
 ) -> torch.Generator:  # on the CPU
     """A random generator that depends on its key and on nothing else
 
-    The same key gives the same draws in any process; keys that differ in one
-    place give unrelated draws."""
+    The same key gives the same draws in any process; other keys give
+    unrelated draws, but for a rare meeting."""
     digest = hashlib.sha256(repr(tuple(int(k) for k in key)).encode()).digest()
     generator = torch.Generator()
     return generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)

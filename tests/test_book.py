@@ -31,7 +31,9 @@ from convmixer_edu.recipe import Config
 
 HTML = ROOT / "_build" / "html"
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text("utf8"))
-PAGES = [TOC["root"], *(chapter["file"] for part in TOC["parts"] for chapter in part["chapters"])]
+MODULES = sorted(path.stem for path in (ROOT / "convmixer_edu").glob("[!_]*.py"))
+CHAPTERS = [TOC["root"], *(chapter["file"] for part in TOC["parts"] for chapter in part["chapters"])]
+PAGES = CHAPTERS + [f"nbs/api/{module}" for module in MODULES]
 NOTEBOOKS = [page for page in PAGES if (ROOT / f"{page}.ipynb").exists()]
 every_page = pytest.mark.parametrize("page", PAGES)
 every_notebook = pytest.mark.parametrize("page", NOTEBOOKS)
@@ -129,16 +131,11 @@ def test_figures_are_described(built, page):
 
 @every_notebook
 def test_numbers_in_prose_are_computed_or_claims(built, page):
-    """A number that a page tells stands in its code or output, or is a claim of the paper, or has a reason."""
-    path = ROOT / f"{page}.ipynb"
-    told = prose.cells(path, "markdown")
-    outputs = "\n".join(node.get_text(" ") for node in soup(page).select(".cell_output"))
-    known = prose.values("\n".join(
-        [*prose.cells(path, "code"), outputs, *(prose.clean(text)[2] for text in told)]))
-    free = prose.FREE.get(path.stem, {})
-    unbound = [(number, text[:60]) for text in told for number in prose.unbound(text, known) if number not in free]
-    assert not unbound
-    assert not [wrong for text in told for wrong in prose.wrong_claims(text)]
+    """A number that a page tells stands in code or output near it, or is a claim of the paper, or has a reason."""
+    path, text = ROOT / f"{page}.ipynb", lambda tree: "\n".join(node.get_text(" ") for node in tree.select(".cell_output"))
+    outputs = {prose.plain(head.get_text().removesuffix("#")): text(head.parent) for head in soup(page).select("article section > h2")}
+    assert not prose.unbound_on(path, {**outputs, None: text(soup(page))})
+    assert not [wrong for _, told, _ in prose.sections(path) for piece in told for wrong in prose.wrong_claims(piece)]
 
 
 def test_every_claim_is_shown_in_its_chapter(built):
@@ -201,11 +198,12 @@ def test_the_first_page_calls_each_page_by_its_title(built):
     cards = {card["href"]: card.get_text() for card in soup(TOC["root"]).select("article section section li > p > a, "
                                                                                 "article section section li > a")}
     sidebar = {link["href"]: link.get_text(strip=True) for link in soup(TOC["root"]).select("nav.bd-links a.internal")}
-    for page in PAGES[1:]:
+    for page in CHAPTERS[1:]:
         title = soup(page).select_one("article h1").find(string=True, recursive=False)
+        assert f"{Path(page).name}.html" in cards, f"write a card for {page} into nbs/index.ipynb"
         assert cards[f"{Path(page).name}.html"] == title, page
         assert sidebar[f"{Path(page).name}.html"] == title, page
-    assert len(cards) == len(PAGES) - 1
+    assert len(cards) == len(CHAPTERS) - 1
 
 
 MARKS = {"mathjax": ".math", "live/exercise": "form.exercise", "live/order": ".live-order", "sphinx-design": "[class*='sd-']",
@@ -267,9 +265,27 @@ def test_long_code_is_folded_and_says_what_it_is(built, page):
 def test_exported_cells_are_marked(built, page):
     text = (ROOT / f"{page}.ipynb").read_text("utf8")
     module = re.search(r"#\|\s*default_exp\s+(\w+)", text)
-    marks = soup(page).select("p.exported a[href*='api.html#module-']")
+    marks = soup(page).select("p.exported a[href*='api/']")
     assert bool(marks) == bool(module)
+    assert all(mark["href"].endswith(f"api/{module[1]}.html#module-convmixer_edu.{module[1]}") for mark in marks)
     assert all(mark.get_text() == f"convmixer_edu.{module[1]}" for mark in marks)
+
+
+def test_every_module_has_its_page_and_no_other_is_there(built):
+    assert sorted(path.stem for path in (HTML / "nbs" / "api").glob("*.html")) == MODULES
+    for module in MODULES:
+        assert soup(f"nbs/api/{module}").find(id=f"module-convmixer_edu.{module}")
+
+
+def test_the_search_puts_chapters_above_the_api(site, tab):
+    """Also where the word is the name of a function."""
+    for word in ("mixup", "claim"):
+        tab.open(f"{site}search.html?q={word}")
+        script = """new Promise(done => { const list = document.querySelector("#search-results"), look = () => list.innerText.includes("finished") ?
+            done([...list.querySelectorAll("li > a")].map(link => link.getAttribute("href"))) : setTimeout(look, 100); look() })"""
+        links = tab.evaluate(script)
+        api = [link.startswith("nbs/api") for link in links]
+        assert any(api) and api == sorted(api)
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,9 @@ def test_every_claim_can_be_read():
 
 
 @pytest.mark.parametrize("change, told", [
-    ({"confidence": "sure"}, "confidence is 'sure'"), ({"id": "Bad id"}, "an id is made of"),
-    ({"value": "some"}, "expected a number"), ({"source": " "}, "source is empty"), ({"subject": ""}, "subject is empty"),
-    ({"chapter": None}, "one value for each column"), ({"id": "params-768-32"}, "is taken"),
+    ({"confidence": "sure"}, "confidence is 'sure'"), ({"id": "Bad id"}, "id is .Bad id., expected small letters"),
+    ({"value": "some"}, "expected a number"), ({"source": " "}, "source is . ., expected a source"), ({"subject": ""}, "subject is .., expected some words"),
+    ({"chapter": None}, "more or fewer values than columns"), ({"id": "params-768-32"}, "is taken"),
 ])
 def test_a_broken_row_is_named(change, told):
     row = {**vars(claim("t1-1536-20")), **change}

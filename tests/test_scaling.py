@@ -17,7 +17,9 @@ from torch import nn
 from torch.distributed import destroy_process_group
 
 from convmixer_edu import distributed as d
+from convmixer_edu import units
 from convmixer_edu.checkpoint import keyed_generator, read_checkpoint
+from convmixer_edu.model import ConvMixer
 from convmixer_edu.recipe import Config
 from convmixer_edu.train import TrainingError, train
 
@@ -90,6 +92,44 @@ def test_processes_by_hand_equal_one(number, memory):
         assert state.keys() == one[2].keys()
         assert state["2.num_batches_tracked"] == one[2]["2.num_batches_tracked"] == [20]
         assert max(furthest(state[k], one[2][k]) for k in state) < 1e-8
+
+
+def by_units(tell, bias, lacking, cache):
+    """Train with kernels of our own; tell of gradients, running statistics, and why there are none."""
+    os.environ["CONVMIXER_CACHE"] = cache
+    d.setup("cpu")
+    if d.rank() == lacking:
+        os.environ["CXX"] = "false"
+        units.kernels.cache_clear()
+    torch.manual_seed(0)
+    model, said = ConvMixer(16, 2, 3, 2, 4), []
+    torch.nn.init.constant_(model[3][0].fn[0].bias, bias)
+    model = units.fast_units(d.synchronise_batchnorm(model), torch.float32, said.append)
+    net, g = d.parallel(model), torch.Generator().manual_seed(1)
+    x, y = torch.randn(24, 3, 10, 8, generator=g), torch.randint(4, (24,), generator=g)
+    x, y = (d.shard(t, d.rank(), d.world()) for t in (x, y))
+    nn.functional.cross_entropy(net(x), y).backward()
+    tell([p.grad.flatten().tolist() for p in model.parameters()])
+    tell([b.flatten().tolist() for b in model.buffers()])
+    tell([type(model) is units.UnitSequential, *said])
+
+
+@pytest.mark.parametrize("bias", [0.0, 300.0])  # the second: a mean far from zero, whose variance is summed anew
+def test_processes_with_kernels_of_our_own_equal_one(bias, tmp_path):
+    one = ends(together(1, by_units, bias, 9, str(tmp_path)))[0]
+    if not one[2][0]:
+        pytest.skip(f"the library is used here: {one[2][1]}")
+    for gradients, buffers, _ in ends(together(2, by_units, bias, 9, str(tmp_path))):
+        for a, b in zip(gradients + buffers, one[0] + one[1], strict=True):
+            assert furthest(a, b) <= 1e-5 * max(1.0, *map(abs, b))
+
+
+def test_where_one_process_has_no_kernels_all_use_the_library(tmp_path):
+    one, *both = (told for number, lacking in ((1, 0), (2, 1))
+                  for told in ends(together(number, by_units, 0.0, lacking, str(tmp_path))))
+    for gradients, _, (ours, *said) in both:
+        assert not ours and len(said) == 1 and "no kernels of our own" in said[0]
+        assert max(furthest(a, b) for a, b in zip(gradients, one[0], strict=True)) < 1e-6
 
 
 def asked(tell):
