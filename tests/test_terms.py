@@ -1,4 +1,4 @@
-"""Every symbol and term is explained on the page of the story that first uses it; run as a program, this prints where."""
+"""Every symbol and term is explained on the page of the story that first uses it; as a program, this prints where."""
 
 import re
 from pathlib import Path
