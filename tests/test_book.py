@@ -184,6 +184,15 @@ def test_the_first_page_opens_the_first_chapter_in_colab(built):
     assert link["href"].endswith(f"/blob/{reference(get_config(path=ROOT))}/{PAGES[1]}.ipynb")
 
 
+def test_two_steps_lead_from_the_first_page_to_a_trained_network(built):
+    """Run in Colab, then Run all; or Read, and there it was trained; or install, then one line."""
+    first, start = soup(TOC["root"]), soup(PAGES[1])
+    assert first.select(f"article a[href='{Path(PAGES[1]).name}.html']")
+    trained = " ".join(output.get_text() for output in start.select(".cell_output"))
+    assert re.search(r"\d % of \d+ digits it has never seen, after \d+ s", trained)
+    assert re.search(r"^convmixer train --preset \w+ --out \S+$", first.select_one("article pre").get_text(), re.M)
+
+
 def test_the_first_page_calls_each_page_by_its_title(built):
     """Cards, sidebar and pages agree: one page, one name."""
     cards = {card["href"]: card.get_text() for card in soup(TOC["root"]).select("article section section li > p > a, "
