@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import signal
 import socket
 import subprocess
@@ -14,12 +13,13 @@ import forked
 import pytest
 import torch
 from conftest import HOUR
-from timm.models import create_model
 from torch import nn
 from torch.distributed import destroy_process_group
 
 from convmixer_edu import distributed as d
+from convmixer_edu import units
 from convmixer_edu.checkpoint import keyed_generator, read_checkpoint
+from convmixer_edu.model import ConvMixer
 from convmixer_edu.recipe import Config
 from convmixer_edu.train import TrainingError, train
 
@@ -94,6 +94,44 @@ def test_processes_by_hand_equal_one(number, memory):
         assert max(furthest(state[k], one[2][k]) for k in state) < 1e-8
 
 
+def by_units(tell, bias, lacking, cache):
+    """Train with kernels of our own; tell of gradients, running statistics, and why there are none."""
+    os.environ["CONVMIXER_CACHE"] = cache
+    d.setup("cpu")
+    if d.rank() == lacking:
+        os.environ["CXX"] = "false"
+        units.kernels.cache_clear()
+    torch.manual_seed(0)
+    model, said = ConvMixer(16, 2, 3, 2, 4), []
+    torch.nn.init.constant_(model[3][0].fn[0].bias, bias)
+    model = units.fast_units(d.synchronise_batchnorm(model), torch.float32, said.append)
+    net, g = d.parallel(model), torch.Generator().manual_seed(1)
+    x, y = torch.randn(24, 3, 10, 8, generator=g), torch.randint(4, (24,), generator=g)
+    x, y = (d.shard(t, d.rank(), d.world()) for t in (x, y))
+    nn.functional.cross_entropy(net(x), y).backward()
+    tell([p.grad.flatten().tolist() for p in model.parameters()])
+    tell([b.flatten().tolist() for b in model.buffers()])
+    tell([type(model) is units.UnitSequential, *said])
+
+
+@pytest.mark.parametrize("bias", [0.0, 300.0])  # the second: a mean far from zero, whose variance is summed anew
+def test_processes_with_kernels_of_our_own_equal_one(bias, tmp_path):
+    one = ends(together(1, by_units, bias, 9, str(tmp_path)))[0]
+    if not one[2][0]:
+        pytest.skip(f"the library is used here: {one[2][1]}")
+    for gradients, buffers, _ in ends(together(2, by_units, bias, 9, str(tmp_path))):
+        for a, b in zip(gradients + buffers, one[0] + one[1], strict=True):
+            assert furthest(a, b) <= 1e-5 * max(1.0, *map(abs, b))
+
+
+def test_where_one_process_has_no_kernels_all_use_the_library(tmp_path):
+    one, *both = (told for number, lacking in ((1, 0), (2, 1))
+                  for told in ends(together(number, by_units, 0.0, lacking, str(tmp_path))))
+    for gradients, _, (ours, *said) in both:
+        assert not ours and len(said) == 1 and "no kernels of our own" in said[0]
+        assert max(furthest(a, b) for a, b in zip(gradients, one[0], strict=True)) < 1e-6
+
+
 def asked(tell):
     """What the smaller functions say in one of several processes."""
     d.setup("cpu")
@@ -158,145 +196,6 @@ def test_synced_batchnorm_is_batchnorm_alone():
     assert torch.autograd.gradcheck(synced.train(), (x[:2, :, :2, :2].clone().requires_grad_(),))
     with torch.autocast("cpu", torch.bfloat16):
         assert synced.float()(x.bfloat16()).dtype == torch.bfloat16
-
-
-# The paper's own run, by timm's script
-
-TIMMS = '''
-"A stand-in for timm's train.py: its parser's flags and its calls into the library, for two steps on a CPU"
-import argparse, json
-import torch
-from timm.data import Mixup, create_dataset, create_loader, resolve_data_config
-from timm.loss import SoftTargetCrossEntropy
-from timm.models import create_model
-from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.utils import dispatch_clip_grad
-
-
-def main():
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    for name in ("data-dir", "model", "opt", "sched", "aa", "remode", "interpolation"):
-        parser.add_argument(f"--{name}")
-    for name in ("batch-size", "epochs", "warmup-epochs"):
-        parser.add_argument(f"--{name}", type=int)
-    for name in ("opt-eps", "weight-decay", "clip-grad", "lr", "reprob", "mixup", "cutmix", "smoothing", "crop-pct"):
-        parser.add_argument(f"--{name}", type=float)
-    parser.add_argument("--input-size", type=int, nargs=3)
-    parser.add_argument("--scale", type=float, nargs="+")
-    parser.add_argument("--sched-on-updates", action="store_true")
-    parser.add_argument("--amp", action="store_true")
-    args = parser.parse_args()
-    args.momentum, args.min_lr, args.warmup_lr = 0.9, 0.0, 1e-5  # that script's defaults
-    model = create_model(args.model, pretrained=False, in_chans=3, num_classes=None, drop_rate=0.0, drop_path_rate=None,
-                         drop_block_rate=None, global_pool=None, bn_momentum=None, bn_eps=None, scriptable=False,
-                         checkpoint_path="")
-    config = resolve_data_config(vars(args), model=model)
-    optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args))
-    data = create_dataset("", root=args.data_dir, split="train", is_training=True, batch_size=args.batch_size)
-    mixup = Mixup(mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, label_smoothing=args.smoothing,
-                  num_classes=model.num_classes)
-    loader = create_loader(data, input_size=config["input_size"], batch_size=args.batch_size, is_training=True,
-                           use_prefetcher=False, re_prob=args.reprob, re_mode=args.remode, scale=args.scale,
-                           auto_augment=args.aa, interpolation="random", mean=config["mean"], std=config["std"],
-                           num_workers=0, device=torch.device("cpu"), persistent_workers=False)
-    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=len(loader))
-    done, rates, losses = 0, [], []
-    for epoch in range(epochs):
-        for x, y in loader:
-            rates.append(optimizer.param_groups[0]["lr"])
-            x, y = mixup(x, y)
-            with torch.autocast("cpu", torch.bfloat16, enabled=args.amp):
-                loss = SoftTargetCrossEntropy()(model(x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            dispatch_clip_grad(model.parameters(), value=args.clip_grad, mode="norm")
-            optimizer.step()
-            done += 1
-            losses.append(loss.item())
-            scheduler.step_update(num_updates=done)
-        scheduler.step(epoch + 1)
-    print(json.dumps({"rates": rates, "losses": losses, "config": config, "classes": model.num_classes,
-                      "parameters": sum(p.numel() for p in model.parameters()), "epochs": epochs,
-                      "groups": [{k: g[k] for k in ("weight_decay", "eps")} for g in optimizer.param_groups]}))
-
-
-if __name__ == "__main__":
-    main()
-'''
-
-
-@pytest.fixture(scope="module")
-def imagenet(tmp_path_factory):
-    """An image folder of two classes with four pictures each, and the scripts beside each other."""
-    from PIL import Image
-    root = tmp_path_factory.mktemp("imagenet")
-    for split in ("train", "validation"):
-        for label in ("cat", "dog"):
-            (root / "data" / split / label).mkdir(parents=True)
-            for i in range(4):
-                pixels = torch.randint(256, (64, 80, 3), generator=keyed_generator(i, len(split), len(label)))
-                Image.fromarray(pixels.byte().numpy()).save(root / "data" / split / label / f"{i}.png")
-    (root / "train.py").write_text(TIMMS)
-    (root / "train_convmixer.py").write_text(d.TIMM_RUNNER)
-    return root
-
-
-def run_timms(root, *words):
-    done = subprocess.run([sys.executable, "train_convmixer.py", "--data-dir", "data", *words], cwd=root, text=True,
-                          capture_output=True, timeout=HOUR)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_the_papers_flags_train_two_steps_by_timms_pieces(imagenet):
-    flags = d.imagenet_flags(batch_size=4, epochs=1, model="convmixer_edu_512_12")  # small enough for a test
-    told = run_timms(imagenet, *flags, "--input-size", "3", "28", "28")
-    assert len(told["losses"]) == 2 and all(loss == loss for loss in told["losses"])
-    assert told["rates"] == pytest.approx([0.01 - 0.1 / 0.4 * 0.0095, 0.0])  # half of the way, and the end
-    assert told["parameters"] == 4_165_608 and told["classes"] == 1000 and told["epochs"] == 1
-    assert told["config"]["crop_pct"] == 0.96 and told["config"]["interpolation"] == "bicubic"
-    assert sorted(group["weight_decay"] for group in told["groups"]) == [0, 2e-5]
-    assert {group["eps"] for group in told["groups"]} == {1e-3}
-
-
-def test_the_papers_model_is_in_timms_registry():
-    import convmixer_edu.registry  # noqa: F401
-    with torch.device("meta"):
-        model = create_model(d.IMAGENET_FLAGS["model"][0])
-    assert sum(p.numel() for p in model.parameters()) == 51_625_960
-    assert model.default_cfg["crop_pct"] == d.IMAGENET_FLAGS["crop-pct"][0]
-    assert model.default_cfg["interpolation"] == d.IMAGENET_FLAGS["interpolation"][0]
-    assert d.IMAGENET_FLAGS["batch-size"][0] * d.IMAGENET_GPUS[0] == 640  # setup-batch
-
-
-def test_flags_can_be_changed_and_unknown_ones_are_named():
-    words = d.imagenet_flags(epochs=300, model="convmixer_edu_768_32", amp=False)
-    assert "--amp" not in words and words[words.index("--epochs") + 1] == "300"
-    assert words[words.index("--clip-grad") + 1] == "1.0" and words[words.index("--warmup-epochs") + 1] == "0"
-    assert words[words.index("--scale"):][:3] == ["--scale", "0.08", "1.0"]
-    with pytest.raises(ValueError, match="there is no flag 'learning-rate'"):
-        d.imagenet_flags(learning_rate=1)
-
-
-@pytest.mark.parametrize("gpus, nodes, fits, own, turns", [
-    (10, 1, 64, 64, 1), (1, 1, 64, 64, 10), (8, 1, 64, 40, 2), (8, 2, 64, 40, 1), (8, 1, 80, 80, 1), (1, 1, 7, 5, 128),
-    (640, 1, 64, 1, 1), (4, 4, 3, 2, 20)])
-def test_any_machines_take_the_papers_batch(gpus, nodes, fits, own, turns):
-    words = shlex.split(d.imagenet_command(gpus, nodes, fits, "my photos", epochs=300).replace("\\\n", ""))
-    def value(flag):
-        return words[words.index(flag) + 1]
-    assert words[0] == "torchrun" and words[1] == f"--nproc-per-node={gpus}"
-    assert value("--batch-size") == str(own) and gpus * nodes * own * turns == 640
-    assert value("--grad-accum-steps") == str(turns) if turns > 1 else "--grad-accum-steps" not in words
-    assert (f"--nnodes={nodes}" in words) == ("--rdzv-backend=c10d" in words) == (nodes > 1)
-    assert value("--data-dir") == "my photos" and value("--epochs") == "300" and value("--lr") == "0.01"
-
-
-@pytest.mark.parametrize("gpus, nodes", [(3, 1), (0, 1), (8, 0), (8, 3), (1280, 1)])
-def test_machines_that_cannot_share_the_batch(gpus, nodes):
-    with pytest.raises(ValueError, match="cannot share a batch of 640"):
-        d.imagenet_command(gpus, nodes)
 
 
 # The trainer itself

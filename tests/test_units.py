@@ -191,6 +191,26 @@ def test_without_gradients_and_frozen_the_library_runs():
     assert torch.equal(frozen(ours, RunSettings())(x), frozen(plain, RunSettings())(x))
 
 
+@needs_compiler
+@pytest.mark.parametrize("k, size", [(2, (40, 3, 16, 17)), (5, (40, 3, 16, 16)), (9, (3, 3, 56, 50))])
+def test_evaluation_in_bfloat16_is_as_good_as_the_library_s(k, size):
+    torch.manual_seed(k)
+    plain, x = ConvMixer(32, 3, k, 2, 4), torch.randn(*size)
+    with torch.no_grad():
+        plain(x)
+    ours = units.fast_units(deepcopy(plain).eval(), torch.bfloat16, pytest.fail)
+    with torch.no_grad():
+        exact = plain.eval().double()(x.double())
+        plain.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            mine, theirs = ours(x), plain(x)
+        assert apart(mine, exact) <= max(0.01, 1.5 * apart(theirs, exact)) and not torch.equal(mine, theirs)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(ours(x[:1, :, :9, :9]), plain(x[:1, :, :9, :9])), "too few positions for a call"
+            ours.train(), plain.train()
+            assert torch.equal(ours(x), plain(x)), "the batch's own statistics, without gradients"
+
+
 def test_a_hook_on_a_layer_is_called():
     model, seen = units.fast_units(ConvMixer(16, 2, 3, 2, 4)), []
     model[3][0].fn[0].register_forward_hook(lambda *_: seen.append(1))
@@ -236,11 +256,19 @@ def test_a_compiler_that_fails_is_named(monkeypatch):
 
 
 @needs_compiler
-def test_a_kernel_that_is_wrong_is_not_used(monkeypatch):
-    wrong = units.SOURCE.replace("store(dx + at, load(up + at) + line[j])", "store(dx + at, line[j])")
-    assert wrong != units.SOURCE
-    monkeypatch.setattr(units, "SOURCE", wrong)
-    lib, reason = units.kernels(3)
+@pytest.mark.parametrize("right, wrong", [
+    ("store(dx + at, load(up + at) + line[j])", "store(dx + at, line[j])"),
+    ("conv_tile<8>(in + x, pitch, w,", "conv_tile<8>(in + x, pitch, w + (K > 1),"),
+    ("conv_tile<4>(in + x, pitch, w,", "conv_tile<4>(in + x + 1, pitch, w,"),
+    ("f(part, n * image + c, c, own)", "f(part, n * image + c, 0, own)"),
+    ("return part * z.images / z.parts", "return part * (z.images / z.parts)"),
+    ("ds[to + AFTER", "ds[to + BEFORE"), ("v + load(x + at + to)", "v"), ("store(y + at, load(a + c) * v", "store(y + at, v"),
+    ("db[t] += d;", ""), ("own[1] += u * load(g + at);", "own[1] += u;")])
+def test_a_kernel_that_is_wrong_is_not_used(right, wrong, monkeypatch):
+    source = units.SOURCE.replace(right, wrong)
+    assert source != units.SOURCE
+    monkeypatch.setattr(units, "SOURCE", source)
+    lib, reason = units.kernels(2)
     assert lib is None and "did not give the library's results" in reason
 
 
@@ -260,12 +288,24 @@ def test_a_library_is_kept_privately_and_built_again_when_damaged_or_not_ours(mo
     for bad in (b"", b"no library", good[:-1], good[:100] + bytes([good[100] ^ 1]) + good[101:]):
         file.unlink()
         file.write_bytes(bad)
-        units.build(ANSWER % 1)
-        assert units._is_whole(file)
+        assert units.build(ANSWER % 1).answer() == 1
+        assert file.read_bytes() == good
     assert len(compiled) == 4
     monkeypatch.setattr(units, "is_own", lambda path: path != file)
     units.build(ANSWER % 1)
     assert len(compiled) == 5, "a file of another user is not loaded"
+
+
+@needs_compiler
+def test_another_library_for_the_same_text_is_another_file(monkeypatch, tmp_path):
+    """A process does not look at a second file of a name that it has loaded; so what is in a library is in its name."""
+    monkeypatch.setenv("CONVMIXER_CACHE", str(tmp_path / "cache"))
+    compile_ = units._compile
+    assert units.build(ANSWER % 4).answer() == 4
+    file, = (tmp_path / "cache" / "kernels").iterdir()
+    file.write_bytes(b"damaged")
+    monkeypatch.setattr(units, "_compile", lambda command, source, key: compile_(command, source.replace("4", "5"), key))
+    assert units.build(ANSWER % 4).answer() == 5
 
 
 @needs_compiler

@@ -5,7 +5,7 @@ Writes _build/bench.json, a list of {name, ours, baseline, ratio, unit, rounds, 
 the machine hits both sides; `spread` is the lowest and the highest of them. Compilation is warmed up before, except
 where the start is what is measured. A baseline that trains or evaluates runs in a process of its own, where memory is
 handled as the system does it; `ratio_kept` is against the same baseline after `keep_freed_memory`. A row may say more:
-the setting that ours ran with, its part of the floor.
+the setting that ours ran with, its part of the roofline.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from convmixer_edu.inference import statistics as image_statistics
 from convmixer_edu.machine import autocast, choose_device, choose_precision, device_name, keep_freed_memory, make_scaler
 from convmixer_edu.model import ConvMixer
 from convmixer_edu.recipe import PRESETS, with_settings
-from convmixer_edu.train import Run, _choose, build_model, epoch_order, make_facts
+from convmixer_edu.train import Run, _choose, build_model, make_facts
 
 ROUNDS = 5
 PLAIN = speed.RunSettings()  # NCHW, eager, float32
@@ -151,7 +151,7 @@ def training_step(data, device, batch, **sizes):
     dtype = getattr(torch, step.choice.dtype)
     work = speed.Workload(c.dim, c.depth, c.kernel_size, c.patch_size, batch)
     limit = speed.roofline(work, speed.ceilings(device, dtype), dtype)
-    row["part_of_floor"] = round(limit.seconds * row["ours"] / batch, 3)
+    row["part_of_roofline"] = round(limit.seconds * row["ours"] / batch, 3)
     row["part_of_arithmetic"] = round(limit.arithmetic * row["ours"] / batch, 3)
     return row
 
@@ -303,7 +303,7 @@ def pipeline(data, device, c, workers=(2,), rounds=ROUNDS, end=float("inf"), tel
 
     def epoch():
         number = next(numbers)
-        order = epoch_order(len(data), 0, number)
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(number))
         for i in range(images // batch):
             step(order[i * batch:(i + 1) * batch], number, i)
 
@@ -409,11 +409,11 @@ def rows(data, device, seconds):
 def table(found, device):
     """What was found, for a terminal."""
     shown = Table(title=f"on {device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    for column in ("name", "ours", "baseline", "unit", "ratio", "spread", "kept", "of the floor", "setting"):
+    for column in ("name", "ours", "baseline", "unit", "ratio", "spread", "kept", "of the roofline", "setting"):
         shown.add_column(column, justify="left" if column in ("name", "unit", "setting") else "right")
     for row in found:
         low, high = row["spread"]
-        part = f"{100 * row['part_of_floor']:.0f} %" if "part_of_floor" in row else ""
+        part = f"{100 * row['part_of_roofline']:.0f} %" if "part_of_roofline" in row else ""
         shown.add_row(row["name"], f"{row['ours']:,.1f}", f"{row['baseline']:,.1f}", row["unit"],
                       f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}",
                       f"{row['ratio_kept']:.2f}" if "ratio_kept" in row else "", part, row.get("setting", ""))
