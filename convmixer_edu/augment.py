@@ -17,14 +17,12 @@ from torch.nn import functional as F
 from .data import expect
 
 # %% ../nbs/W2_augment.ipynb #3d030f6e
-def _check(images, types, generator=None):
-    "Batches of pictures and a generator on the CPU, or a ValueError."
+def _check(images, types):
+    "A batch of pictures of one of these types, or a ValueError."
     expect(images.ndim == 4 and images.numel(), f"images have shape "
            f"{tuple(images.shape)}", "(B, C, H, W) with none of them 0")
     expect(str(images.dtype) in types or images.is_floating_point()
            and "floats" in types, f"images are {images.dtype}", types)
-    expect(generator is None or generator.device.type == "cpu",
-           "the generator is on a GPU", "one on the CPU: all draws are there")
 
 
 def _uniform(generator, *shape):
@@ -454,13 +452,9 @@ class Augment:
         expect(self.erase_mode in ("pixel", "const"), "erase_mode is "
                f"{self.erase_mode!r}", "pixel or const")
 
-    def __call__(
-        self,
-        images: Tensor,  # uint8 (B, C, H, W)
-        generator: Generator | None = None,  # on the CPU
-    ) -> Tensor:  # uint8 (B, C, H, W)
-        "Crop, flip, RandAugment and jitter; ValueError unless uint8."
-        _check(images, "torch.uint8", generator)
+    def __call__(self, images, generator=None):
+        "Crop, flip, RandAugment, jitter: uint8 (B, C, H, W) in and out."
+        _check(images, "torch.uint8")
         kernels, parts = self._alone(images, 1, generator, erase=0, mixup=0,
                                      cutmix=0)
         f = kernels.change(images.flatten(1, 2), parts)
@@ -479,7 +473,7 @@ class Augment:
         Mixup; the middle one of an odd batch is its own. Raises ValueError
         for images that are no floats or labels that do not fit them.
         """
-        _check(images, "normalised floats", generator)
+        _check(images, "normalised floats")
         expect(labels.dtype == torch.int64 and len(labels) == len(images),
                f"labels are {labels.dtype} of shape {tuple(labels.shape)}",
                f"torch.int64 of shape ({len(images)},), one an image")

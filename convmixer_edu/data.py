@@ -620,12 +620,10 @@ def is_own(path) -> bool:
 
 
 def cache_folder() -> Path | None:
-    """Where decoded images and the like are kept: $CONVMIXER_CACHE, or
-    ~/.cache/convmixer_edu.
+    """Where decoded images and the like are kept.
 
-    None without a home, and where the folder is another user's, which is
-    said once.
-    """
+    $CONVMIXER_CACHE, or ~/.cache/convmixer_edu; None without a home, and
+    where the folder is another user's, which is said once."""
     folder = expand(os.environ.get("CONVMIXER_CACHE")
                     or "~/.cache/convmixer_edu")
     if is_own(folder):
@@ -686,6 +684,8 @@ def _write_cache(file, data, state):
 
 def _read_cache(file, state):
     "The kept split; None if there is none, it is stale, or it is damaged."
+    if not file.exists():
+        return None
     try:
         expect(is_own(file), "another user put it there", "you")
         with safe_open(file, framework="pt") as kept:
@@ -730,7 +730,7 @@ def load_images(
         files, kept = list_files(source, split), _cache_file(
             source, split, size)
         state = source_state(source, files)
-        data = kept and kept.exists() and _read_cache(kept, state)
+        data = kept and _read_cache(kept, state)
         if not data:
             data = _read_source(source, split, files, size, limit)
             if kept and limit is None:
