@@ -32,7 +32,7 @@ from .depthwise import choose_method, fast_depthwise
 from .distributed import (all_sum, any_of, from_main, is_main,
                                        parallel, rank, setup, shared,
                                        synchronise_batchnorm, world)
-from .engines import make_engine
+from .loaders import make_loader
 from .inference import Statistics, score, statistics
 from .initialize import covariance_init
 from .ledger import check_result
@@ -99,7 +99,7 @@ class Run:
         self.stats = Statistics(tuple(facts["mean"]), tuple(facts["std"]))
         self.choice = RunSettings(**facts["choice"])
         self.dtype = getattr(torch, self.choice.dtype)
-        self.engine = make_engine(c.engine, data, augmentation(c),
+        self.loader = make_loader(c.engine, data, augmentation(c),
                                   self.stats.mean, self.stats.std, c.seed,
                                   device, c.workers, rank(), self.world)
         self.model = build_model(c, data, device, facts["depthwise"],
@@ -116,13 +116,13 @@ class Run:
         exact = torch.float32 if device.type == "mps" else torch.float64
         self.loss_sum = torch.zeros((), dtype=exact, device=device)
         self.waiting = []  # losses on their way from the GPU
-        self.given, self.step = self.engine.batches, self._step
+        self.given, self.step = self.loader.batches, self._step
         if device.type == "cuda" and self.world == 1 and (
                 c.engine == "batched" and not self.scaler.is_enabled()):
             self.given = lambda epoch, picked: (
-                (self.engine.pack(epoch, *pick),) for pick in picked)
+                (self.loader.pack(epoch, *pick),) for pick in picked)
             self.step = Recorded(lambda packed: self._step(
-                *self.engine.make(packed)), device)
+                *self.loader.make(packed)), device)
 
     def _step(self, x, y):
         x = x.contiguous(memory_format=layout(self.choice.channels_last))
