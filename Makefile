@@ -1,4 +1,4 @@
-# make book | test | serve | bench | contract | gpu: each makes .venv first where it is missing or out of date.
+# make book | test | serve | pdf | bench | contract | gpu: each makes .venv first where it is missing or out of date.
 PYTHON ?= python3
 PORT ?= 8000
 BIN := .venv/bin
@@ -9,13 +9,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # threads that wait give way on a busy machine, see nbs/W5_machine
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help setup book test serve bench contract gpu clean
+.PHONY: help setup book test serve pdf bench contract gpu clean
 
 help:
 	@echo "make setup   the environment in .venv, from requirements.lock"
 	@echo "make book    run the chapters and render the book to _build/html"
 	@echo "make test    everything that is checked"
 	@echo "make serve   the book on http://localhost:$(PORT)"
+	@echo "make pdf     the paper's chapters and its appendix as one file, _build/convmixer-edu.pdf"
 	@echo "make bench   the speed of a training step, to _build/bench.json"
 	@echo "make contract  every chapter with Colab's versions, from the wheel (LOWER=1: the oldest versions); gigabytes"
 	@echo "make gpu     the evidence on a GPU, in MINUTES=12, to gpu/; goes on where it was"
@@ -41,6 +42,9 @@ test: $(READY)
 
 serve: book
 	@$(PY) -m http.server --directory _build/html $(PORT)
+
+pdf: book
+	@$(PY) tools/pdf.py
 
 bench: $(READY)
 	@$(PY) tools/bench.py

@@ -2,7 +2,7 @@
 
 Takes the place of MyST-NB's notebook reader. Besides, it makes the build see what decides a page's
 outputs (the package, the recorded results, the data), marks the cells that the package is made of,
-and puts MathJax beside the pages and a policy into them, so that a page asks no other host for anything.
+and puts a policy into the pages, so that a page asks no other host for anything.
 """
 
 import ast
@@ -14,10 +14,10 @@ import os
 import re
 import shutil
 import sys
-from importlib.metadata import distribution
 from pathlib import Path
 
 import nbformat
+from book_site import picture
 from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.transforms import SphinxTransform
@@ -30,6 +30,7 @@ HIDDEN = {"hide", "default_exp"}
 FIGURE = {"label", "fig-cap"}
 MARKED = {"exercise": "exercise", "check": "check"}  # directive with any value -> a tag
 CLAIM = re.compile(r"\[([^\]]+)\]\(claims\.ipynb#([\w-]+)\)")
+TERM = re.compile(r"\[([^\]]+)\]\(notation\.md#(term-[\w-]+)\)")  # MyST knows no anchors of a glossary
 TAGS = {  # (directive, value) -> the tag that MyST-NB knows
     ("echo", "false"): "remove-input",
     ("output", "false"): "remove-output",
@@ -100,7 +101,7 @@ def read(text, digest="", skip=()):
             # outputs are cached under the cells and their metadata: name what else decides them
             cell.metadata["digest"] = digest
         else:
-            cell.source = CLAIM.sub(claim_link, cell.source)
+            cell.source = CLAIM.sub(claim_link, TERM.sub(r'<a href="notation.html#\2">\1</a>', cell.source))
         cells.append(cell)
     notebook.cells = [cell for cell in cells if cell not in last] + last
     return notebook
@@ -168,6 +169,23 @@ def use_reader(app, config):
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
     options = {"digest": content_digest(), "skip": get_config(path=ROOT).tst_flags.split()}
     config.nb_custom_formats = {".ipynb": ("nbdev_reader.read", options, False)}
+
+
+def write_api(app, config):
+    """Write a page for each module, named as CONTRIBUTING.md's table does; a page that says the same stays as it is."""
+    table = re.findall(r"^\| (\w+) \| [^|]* \| `(\w+)\.py`: (.+?) \|$", (ROOT / "CONTRIBUTING.md").read_text("utf8"), re.M)
+    folder = ROOT / "nbs" / "api"
+    folder.mkdir(exist_ok=True)
+    for page in folder.glob("*.md"):
+        if page.stem not in {module for _, module, _ in table}:
+            page.unlink()
+    for chapter, module, about in table:
+        members = "" if module == "cli" else "   :members:\n"  # its functions are commands: W13 shows them
+        text = (f"# {module}\n\nThe module `{PACKAGE}.{module}`: {about}. It is written in [](../{chapter}.ipynb).\n\n"
+                f"```{{eval-rst}}\n.. automodule:: {PACKAGE}.{module}\n{members}```\n")
+        page = folder / f"{module}.md"
+        if not page.exists() or page.read_text("utf8") != text:
+            page.write_text(text, "utf8")
 
 
 class NumberFigures(SphinxTransform):
@@ -252,23 +270,6 @@ def plain_to_rst(text):
     return "".join(parts)
 
 
-def copy_mathjax(app):
-    """Put MathJax, as a wheel carries it, beside the pages."""
-    if app.builder.format != "html":
-        return
-    wheel = distribution("sphinx-mathjax-offline")
-    home = Path(wheel.locate_file("sphinx-mathjax-offline/static/mathjax"))
-    wanted = ["tex-chtml.js", "input/tex/extensions", "output/chtml/fonts/woff-v2", "a11y",
-              "sre/mathmaps/base.json", "sre/mathmaps/en.json"]
-    for name in wanted:
-        target = Path(app.outdir) / "mathjax" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if (home / name).is_dir():
-            shutil.copytree(home / name, target, dirs_exist_ok=True)
-        else:
-            shutil.copyfile(home / name, target)
-
-
 def copy_network(app):
     """Put the run whose network comes with the package where the pages' script looks for it."""
     from convmixer_edu.ledger import pretrained_run
@@ -294,9 +295,9 @@ def add_head(app, pagename, templatename, context, doctree):
     What is left of the live code is taken out."""
     tags = [f'<meta http-equiv="Content-Security-Policy" content="{POLICY}" />']
     if doctree:
-        picture = f"{app.config.html_baseurl}_static/share.png"
+        image = f"{app.config.html_baseurl}_static/{picture(pagename)}"
         title = html.unescape(re.sub("<[^>]+>", "", context["title"]))
-        about = {"og:type": "article", "og:title": title, "og:description": summary(doctree), "og:image": picture,
+        about = {"og:type": "article", "og:title": title, "og:description": summary(doctree), "og:image": image,
                  "og:url": f"{app.config.html_baseurl}{pagename}.html"}
         tags += [f'<meta property="{name}" content="{html.escape(text)}" />' for name, text in about.items()]
         tags += [f'<meta name="description" content="{html.escape(about["og:description"])}" />',
@@ -336,7 +337,7 @@ def setup(app):
     app.add_transform(NumberFigures)
     app.connect("config-inited", use_reader)
     app.connect("config-inited", drop_thebe)
-    app.connect("builder-inited", copy_mathjax)
+    app.connect("config-inited", write_api)
     app.connect("builder-inited", copy_network)
     app.connect("doctree-read", fold_code)
     app.connect("doctree-read", mark_exports)

@@ -1,9 +1,14 @@
-"""Draw README.md's picture, and the one that a shared link shows, from recorded runs: python assets/readme_picture.py"""
+"""Draw README.md's picture, and those that a shared link shows, from recorded runs: python assets/readme_picture.py"""
 
+import io
+import re
 from pathlib import Path
+from textwrap import shorten
 
 import torch
+from book_site import ROOT, parts, picture
 from matplotlib.figure import Figure
+from PIL import Image
 
 from convmixer_edu.inference import load_run
 from convmixer_edu.ledger import pretrained_run, read_record, results_folder
@@ -23,18 +28,34 @@ def filters(run, rows, columns):
     return tiles.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)[:-1, :-1]
 
 
-def share():
+def share(name, title, lines, small):
     """Draw the picture that others show beside a link: 1200 x 630."""
-    run = read_record(pretrained_run().name)
     fig = Figure(figsize=(12, 6.3), facecolor="#14171c", dpi=100)
     wall = fig.add_axes((0.62, 0.08, 0.34, 0.84))
-    wall.imshow(filters(results_folder() / RUN, 8, 6), aspect="auto")
+    wall.imshow(filters(results_folder() / RUN, 8, 6), aspect="auto", interpolation="nearest")
     wall.set_axis_off()
-    fig.text(0.05, 0.74, "Was it the attention,\nor the patches?", color="white", size=38, weight="bold", va="center")
-    fig.text(0.05, 0.44, "ConvMixer, built from the paper:\na book that runs", color="#e3e6ea", size=26, va="center")
-    fig.text(0.05, 0.16, f"{run['test_accuracy']:.1f} % on CIFAR-10, in {run['seconds']:.0f} seconds on a GPU,\n"
-             "and the network answers in your browser", color="#7db5ff", size=20, va="center")
-    fig.savefig(Path(__file__).parent / "static" / "share.png", facecolor=fig.get_facecolor())
+    fig.text(0.05, 0.93, title, color="white", size=36, weight="bold", va="top")
+    fig.text(0.05, 0.73, lines, color="#e3e6ea", size=22, va="top", linespacing=1.4)
+    fig.text(0.05, 0.08, small, color="#7db5ff", size=20, va="bottom")
+    file = io.BytesIO()
+    fig.savefig(file, facecolor=fig.get_facecolor())
+    Image.open(file).convert("RGB").quantize(128).save(ROOT / "assets" / "static" / name, optimize=True)
+
+
+def share_all():
+    """Draw one for the first page and one for each part of the book, with the titles of its pages."""
+    run = read_record(pretrained_run().name)
+    share("share.png", "Was it the attention,\nor the patches?", "\nConvMixer, built from the paper:\na book that runs",
+          f"{run['test_accuracy']:.1f} % on CIFAR-10, in {run['seconds']:.0f} seconds on a GPU,\n"
+          "and the network answers in your browser")
+    inside = {}
+    for page, part in parts().items():
+        file = next((ROOT / "nbs").glob(f"{Path(page).name}.*"))
+        title = re.search(r"^\W*# (.+?)(?:\\n)?\W*$", file.read_text("utf8"), re.M)[1]
+        inside.setdefault(part, [picture(page)]).append(shorten(title.split(":")[0], 42, placeholder=" ..."))
+    for part, (name, *titles) in inside.items():
+        more = f"\nand {len(titles) - 6} more" if len(titles) > 7 else ""
+        share(name, part, "\n".join(titles[:6 if more else 7]) + more, "ConvMixer, built from the paper")
 
 
 def main():
@@ -59,4 +80,4 @@ def main():
 
 if __name__ == "__main__":
     main()
-    share()
+    share_all()

@@ -121,7 +121,7 @@ PARTS = (  # Table 3
         "b3-second-residual"),
     Arm("layernorm", "LayerNorm over an image", 3, dict(norm="layer"),
         "b3-layernorm"),
-    Arm("layernorm-place", "LayerNorm at each place", 3,
+    Arm("layernorm-place", "LayerNorm at each position", 3,
         dict(norm="layer2d"), "b3-layernorm"),
     Arm("relu", "ReLU for GELU", 3, dict(activation="relu"), "b3-relu"),
     Arm("no-mix", "no mixup, no CutMix", 3, dict(mixup=0.0, cutmix=0.0),
@@ -166,6 +166,8 @@ ARMS = {arm.name: arm for arm in (BASELINE, *PARTS, *SIZES)}
 SCALES = {  # name: how its baseline differs from the paper's recipe
     "paper200": {},
     "light25": dict(kernel_size=5, patch_size=2, epochs=25, batch_size=512),
+    "small": dict(dim=128, depth=4, kernel_size=5, patch_size=4, epochs=12,
+                  batch_size=64),
     "tiny": dict(dim=64, depth=4, kernel_size=5, patch_size=2, epochs=18,
                  batch_size=64, limit=2500, depthwise="groups"),
     "tiny-once": dict(dim=64, depth=4, kernel_size=5, patch_size=2, epochs=1,
@@ -183,6 +185,7 @@ STAND_INS = {  # scale: setting: the paper's value -> what stands for it
     "light25": {"kernel_size": {8: 5}},
     "tiny": _TINY,
     "tiny-once": _TINY, "tiny-often": _TINY,
+    "small": {**_TINY, "dim": {128: 64, 256: 128}},
     "try": {"dim": {128: 4, 256: 8}, "kernel_size": {8: 3},
             "depth": {4: 1, 8: 2, 10: 5, 12: 3, 16: 4, 24: 6}}}
 

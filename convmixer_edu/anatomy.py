@@ -60,18 +60,18 @@ def count_macs(
                          "image or a smaller patch.")
     h, d, k, p = dim, depth, kernel_size, patch_size
     n, c = num_classes, in_chans
-    places = (image_size//p)**2
-    dense = places*(c*p*p*h + d*h*h) + h*n
+    positions = (image_size//p)**2
+    dense = positions*(c*p*p*h + d*h*h) + h*n
     if exclude_depthwise:
-        return dense + places*h*(2*(2*d + 1) + 1)
-    return dense + places*d*h*k*k
+        return dense + positions*h*(2*(2*d + 1) + 1)
+    return dense + positions*d*h*k*k
 
 # %% ../nbs/04_anatomy.ipynb #da10d2e7
 def receptive_field(
     depth: int,  # number of blocks, d
-    kernel_size: int,  # side of the depthwise kernel, k, in places
+    kernel_size: int,  # side of the depthwise kernel, k, in positions
     patch_size: int,  # side of a patch in pixels, p
-) -> int:  # side in pixels of the square one output place can see
+) -> int:  # side in pixels of the square one output position can see
     """Side of the receptive field, p(1 + d(k - 1)) pixels (Sec. 2).
 
     Raises a ValueError naming a size that is no positive whole number.
@@ -162,11 +162,11 @@ def count_saved_activations(
 ) -> int:  # values for one image
     """Count what training keeps of one image until the backward pass (Sec. 2).
 
-    Two values a place and channel for the patch embedding, six for every
+    Two values a position and channel for the patch embedding, six for every
     block. For an odd kernel: of an even one PyTorch keeps its padded input, a
     row and a column more. Raises a ValueError naming a size that is no
     positive whole number.
     """
     check_sizes(**locals())
-    places = (image_size//patch_size)**2
-    return (2 + 6*depth)*dim*places + dim + in_chans*image_size**2
+    positions = (image_size//patch_size)**2
+    return (2 + 6*depth)*dim*positions + dim + in_chans*image_size**2

@@ -39,7 +39,7 @@ class Statistics:
 def statistics(
     images: Tensor,  # uint8 (N, C, H, W)
 ) -> Statistics:
-    "Computed in whole numbers, hence the same on every machine"
+    "From counts of each value, so that no order of summing matters"
     channels = images.transpose(0, 1).flatten(1)  # (C, N * H * W)
     mean, std = [], []
     for channel in channels:

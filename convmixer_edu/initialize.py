@@ -12,7 +12,7 @@ WIDTH = (0.16, 0.32, 2.88)  # sigma^2 = a + b t + c t^2 / 2, t from 0 to 1
 
 def filter_covariance(
     kernel_size: int,  # k
-    variance: float,  # sigma^2, the bell's width, in places squared
+    variance: float,  # sigma^2, the bell's width, in positions squared
 ) -> Tensor:  # float64 (k * k, k * k), symmetric
     """How the weights of a kernel vary together at the start
 

@@ -9,8 +9,14 @@ import hashlib
 import json
 import re
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
+from .anatomy import count_parameters
+from .checkpoint import (check_note, check_run, read_checkpoint,
+                                      read_json, sync_folder,
+                                      write_atomically, write_checkpoint,
+                                      write_json)
 from .escape import markdown, yaml_text
 
 # %% ../nbs/W10_records.ipynb #3a6584ed
@@ -44,26 +50,22 @@ def _seal(folder, command=None):
     return digest.hexdigest()
 
 # %% ../nbs/W10_records.ipynb #b12523e8
-def _copy(names, source, target):
-    "Copy files, flushed to the disk; a link or a pipe is refused, unread"
-    from convmixer_edu.checkpoint import write_atomically
-    for name in names:
+@contextmanager
+def _copied(names, source, folder):
+    "Copies of files, aside; after the block they have their folder's name"
+    for name in names:  # a link or a pipe is refused, unread
         file = source / name
         if file.is_symlink() or not file.is_file():
             raise ValueError(f"{file} is missing or no regular file: a record "
                              "is made of the files of a finished run")
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
+    aside = folder.with_name(f".{folder.name}.part")  # whole, or not there
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
     for name in names:
-        write_atomically(target / name, (source / name).read_bytes())
-
-
-def _settle(aside, folder):
-    "Give a whole record its name, and put the name on the disk"
-    from convmixer_edu.checkpoint import _sync_folder
+        write_atomically(aside / name, (source / name).read_bytes())
+    yield aside
     aside.rename(folder)
-    _sync_folder(folder.parent)
-    return folder
+    sync_folder(folder.parent)
 
 # %% ../nbs/W10_records.ipynb #b12523e9
 def archive(
@@ -78,7 +80,6 @@ def archive(
     When it returns, all is on the disk. Weights are kept as float16, with a
     model card beside them. Raises `ValueError` when the run is not finished
     or was changed since, or the name is taken or none."""
-    from convmixer_edu.checkpoint import check_run
     run = Path(run)
     folder = Path(into or results_folder()) / name
     if not re.fullmatch(r"\w[\w.-]{,99}", name, re.ASCII):
@@ -89,50 +90,32 @@ def archive(
     if folder.exists():
         raise ValueError(f"{name} is recorded already: choose another name, "
                          "a record is never written over")
-    check_run(run)  # what it holds is what it wrote
-    aside = folder.with_name(f".{name}.part")  # whole, or not there
-    _copy(KEPT[:3], run, aside)
-    if weights:
-        _keep_weights(run, aside)
-    _seal_up(aside, command)
-    return _settle(aside, folder)
+    result = check_run(run)  # what it holds is what it wrote
+    with _copied(KEPT[:3], run, folder) as aside:
+        if weights:
+            tensors, meta = read_checkpoint(run / "model.safetensors")
+            half = {name: t.half() if t.is_floating_point() else t
+                    for name, t in tensors.items()}
+            write_checkpoint(aside / "model.safetensors", half, meta)
+            card = model_card(read_json(aside / "config.json"), result)
+            write_atomically(aside / "README.md", card.encode())
+        write_json(aside / "record.json", {
+            "command": command, "sha256": _seal(aside, command)})
+    return folder
 
 # %% ../nbs/W10_records.ipynb #b12523ea
-def _seal_up(folder, command):
-    "Write record.json: what started the run, and the seal"
-    from convmixer_edu.checkpoint import write_atomically
-    note = {"command": command, "sha256": _seal(folder, command)}
-    write_atomically(folder / "record.json",
-                     (json.dumps(note, indent=1) + "\n").encode())
-
-
 def adopt(
     record: Path,  # the folder of a record, perhaps a stranger's
     into: Path,  # gets a copy of it
-) -> Path:
+) -> None:
     """Copy a record, and of its folder only what belongs to a record
 
     Raises `ValueError` where a file is a link, or the seal of the copy does
     not hold."""
     names = [name for name in (*KEPT, "record.json")
              if (record / name).is_symlink() or (record / name).exists()]
-    folder, aside = into / record.name, into / f".{record.name}.part"
-    _copy(names, record, aside)
-    read_record(aside.name, into)
-    return _settle(aside, folder)
-
-# %% ../nbs/W10_records.ipynb #9233da21
-def _keep_weights(run, folder):
-    "The weights as float16, and a card that says what they are"
-    from convmixer_edu.checkpoint import (read_checkpoint, read_json,
-                                          write_atomically, write_checkpoint)
-    tensors, meta = read_checkpoint(run / "model.safetensors")
-    half = {name: t.half() if t.is_floating_point() else t
-            for name, t in tensors.items()}
-    write_checkpoint(folder / "model.safetensors", half, meta)
-    card = model_card(*(read_json(folder / name)
-                        for name in ("config.json", "run.json")))
-    write_atomically(folder / "README.md", card.encode())
+    with _copied(names, record, into / record.name) as aside:
+        read_record(aside.name, into)
 
 # %% ../nbs/W10_records.ipynb #b2e02112
 CARD = """---
@@ -176,7 +159,13 @@ def model_card(
         f"This file itself, in {judged['precision']} on a CPU: "
         f"{judged['accuracy']:.2f} %.")
     try:
-        told = _told(setup, result)
+        c, classes = setup["config"], setup["classes"]
+        height, width = setup["image_size"]
+        sizes = [c[n] for n in ("dim", "depth", "kernel_size", "patch_size")]
+        told = {"init": "uniform", **c, **setup, **result, "height": height,
+                "width": width, "count": len(classes),
+                "classes": ", ".join(classes), "parameters": count_parameters(
+                    *sizes, len(classes), setup["channels"])}
         safe = {name: markdown(value) if isinstance(value, str) else value
                 for name, value in told.items()}
         return CARD.format(**safe, file=file,
@@ -185,25 +174,11 @@ def model_card(
         raise ValueError("config.json and run.json do not make a card "
                          f"({error!r}): expected what a run writes") from None
 
-
-def _told(setup, result):
-    "What the two notes of a run say, and what follows from it"
-    from convmixer_edu.anatomy import count_parameters
-    c, classes = setup["config"], setup["classes"]
-    height, width = setup["image_size"]
-    sizes = {n: c[n] for n in ("dim", "depth", "kernel_size", "patch_size")}
-    return {"init": "uniform", **c, **setup, **result, "height": height,
-            "width": width, "count": len(classes),
-            "classes": ", ".join(classes), "parameters": count_parameters(
-                **sizes, num_classes=len(classes),
-                in_chans=setup["channels"])}
-
 # %% ../nbs/W10_records.ipynb #fb596819
 def check_record(
     folder: Path,  # of a recorded run
 ) -> dict:  # what record.json holds: the command, the seal
     "Raises `ValueError` for a record that was changed after it was made"
-    from convmixer_edu.checkpoint import check_note, read_json
     note = read_json(folder / "record.json")
     check_note(note, {"command": str, "sha256": str}, folder / "record.json")
     if note["sha256"] not in (_seal(folder),  # the first ones
@@ -222,7 +197,6 @@ def read_record(
 
     Raises `ValueError` when there is none of that name, it was changed, or
     says what no run says."""
-    from convmixer_edu.checkpoint import read_json
     folder = Path(results or results_folder()) / name
     if not (folder / "record.json").exists():
         raise ValueError(f"there is no recorded run {name!r}: expected one "
@@ -248,7 +222,6 @@ def check_result(
     file: Path,  # where it is from
 ) -> None:
     "Raises `ValueError` naming the first value that no run writes"
-    from convmixer_edu.checkpoint import check_note
     own = {"failed": str} if "failed" in run else _KINDS
     check_note({"metrics": [], **run}, {"config": dict, "metrics": [dict],
                                         **own}, file)

@@ -86,7 +86,7 @@ def check_sizes(
 def ConvMixer(
     dim: int,  # embedding size, h: channels in every block
     depth: int,  # number of blocks, d
-    kernel_size: int = 9,  # side of the depthwise kernel, k, in places
+    kernel_size: int = 9,  # side of the depthwise kernel, k, in positions
     patch_size: int = 7,  # side of a patch, p, in pixels
     num_classes: int = 1000,  # classes to tell apart, n
     in_chans: int = 3,  # channels of the image, c
@@ -106,7 +106,7 @@ def ConvMixer(
 
 # %% ../nbs/03_model.ipynb #4960b0d3
 class _LayerNorm2d(LayerNorm):
-    "LayerNorm over the channels of each place."
+    "LayerNorm over the channels of each position."
 
     def forward(self, x: Tensor) -> Tensor:  # (B, h, H, W), and it stays so
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -115,8 +115,8 @@ class _LayerNorm2d(LayerNorm):
 RESIDUALS = ("depthwise", "none", "both")  # around what there is one
 ACTIVATIONS = {"gelu": GELU, "relu": ReLU}
 NORMS = {"batch": BatchNorm2d,
-         "layer": lambda h: GroupNorm(1, h),  # over channels and places
-         # over the channels of each place
+         "layer": lambda h: GroupNorm(1, h),  # over channels and positions
+         # over the channels of each position
          "layer2d": lambda h: _LayerNorm2d(h, eps=1e-6)}
 
 # %% ../nbs/03_model.ipynb #ff2924c2
@@ -130,11 +130,11 @@ def _exchange(model, old, new):
 
 def _rewire(block, residual):
     "A block with another residual; its layers stay what they are"
-    places, *channels = block
+    mixer, *channels = block
     if residual == "none":
-        return Sequential(places.fn, *channels)
+        return Sequential(mixer.fn, *channels)
     if residual == "both":
-        return Sequential(places, Residual(Sequential(*channels)))
+        return Sequential(mixer, Residual(Sequential(*channels)))
     return block
 
 # %% ../nbs/03_model.ipynb #8392718b

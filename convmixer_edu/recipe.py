@@ -296,7 +296,7 @@ SOURCES = {  # of every value in which a preset differs from `Config`
     "paper200": {
         "kernel_size": "App. B, Table 3", "patch_size": "App. B, Table 3",
         "epochs": "App. B, Table 3", "batch_size": _OURS,
-        "crop_scale": "an author in locuslab/convmixer, issue 15",
+        "crop_scale": "a report in locuslab/convmixer, issue 15",
         "erase": _README, "mixup": _README, "cutmix": _README,
         "smoothing": "the default of the training script they used",
         **dict.fromkeys(("randaug_n", "randaug_m", "randaug_spread",

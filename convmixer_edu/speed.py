@@ -69,8 +69,8 @@ def step_bytes(
     times = {"depthwise unit": w.depth, "pointwise unit": w.depth}
     visits = sum(times.get(part, 1) * (sum(n[1:]) if w.train else n[0])
                  for part, n in VISITS.items())
-    places = (w.image_size // w.patch_size) ** 2
-    values = w.batch_size * (visits * w.dim * places
+    positions = (w.image_size // w.patch_size) ** 2
+    values = w.batch_size * (visits * w.dim * positions
                              + w.in_chans * w.image_size ** 2)
     weights = count_parameters(w.dim, w.depth, w.kernel_size, w.patch_size,
                                w.num_classes, w.in_chans)
@@ -130,7 +130,7 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        "The floor: the two can overlap, the longer one remains"
+        "The two can overlap, the longer one remains"
         return max(self.arithmetic, self.memory)
 
 

@@ -11,7 +11,7 @@ NAMES = [  # numbers that are parts of names
     r"\b\d+/\d+\b(?: k\d+| p\d+)*",  # 1536/20
     r"\b(?:RTX|T|V|A|GTX|i)\s?\d+\w*(?: Ti)?",
     r"\b(?:19|20)\d\d\b",  # years
-    r"(?:Sec\.|Fig\.|Figs\.|Table|Tables|App\.|Sections?|[Cc]hapters?|[Ee]xercises?|[Ff]igures?|Python|torch|PyTorch|timm|Colab|"
+    r"(?:Sec\.|Fig\.|Figs\.|Table|Tables|App\.|Sections?|[Cc]hapters?|[Ee]xercises?|[Ff]igures?|[Ii]ssues?|Python|torch|PyTorch|timm|Colab|"
     r"recipe|torchvision|Pillow|CUDA|Triton|arXiv:|O)\s*\(?[\d.]+(?:(?:,| and|-) ?[\d.]+)*",
     r"^\s*\d+\.\s",  # the numbers of a list
     r"\*\*\d+\.",  # and of an exercise
@@ -31,8 +31,10 @@ WORD = re.compile(
 CLAIM = re.compile(r"\[([^\]]+)\]\((?:claims\.ipynb)#([\w-]+)\)")
 FREE = {  # chapter: {number as written: why it need not be computed}
     "01_question": {"95": "quoted from a review, to show where it is wrong", "256": "a width for the reader to try"},
-    "W1_data": {"17": "scikit-learn's digits hold the values 0 to 16"},
-    "W2_augment": {"ninety": "from the note of the claim setup-crop"},
+    "07_imagenet": {"50,000": "the photographs of ImageNet's validation set"},
+    "P7_browser": {"sixteen": "four channels at four positions"},
+    "W1_data": {"17": "scikit-learn's digits hold the values 0 to 16", "255": "the largest value of a byte"},
+    "W2_augment": {"ninety": "from the note of the claim setup-crop", "fifteen": "the operations, counted two sections further on"},
     "W3_engines": {"sixteen": "a bicubic look-up has 4 x 4 neighbours", "0.05": "the custom for a chance of error"},
     "W5_machine": {"million": "a figure of speech", "7.5": "the compute capability of a T4; the code has it as two numbers"},
 }
@@ -124,3 +126,39 @@ def cells(path, kind="code"):
     """Return the sources of a notebook's cells of one kind."""
     notebook = json.loads(path.read_text("utf8"))
     return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == kind]
+
+
+def plain(title):
+    """Return a heading's letters and digits, the same in Markdown and on the page."""
+    return re.sub(r"\W+", "", title).lower()
+
+
+def sections(path):
+    """Return [title, Markdown pieces, sources of code] for each section of a notebook; what opens it has no title."""
+    found = [["", [], []]]
+    for cell in json.loads(path.read_text("utf8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            found[-1][2].append(source)
+            continue
+        for piece in re.split(r"^(?=## )", source, flags=re.M):
+            if piece.startswith("## "):
+                found.append([plain(piece[3:].splitlines()[0]), [], []])
+            found[-1][1].append(piece)
+    return found
+
+
+def unbound_on(path, outputs):
+    """Return (number, sentence) for each number that nothing near it computes.
+
+    Near is a sentence's own section and the one before; what opens a page, sums it up or asks about it may tell any number of the
+    page. `outputs` has the text of each section's outputs, by `plain` title, and of the whole page by None."""
+    found, free = sections(path), FREE.get(path.stem, {})
+    known = [values("\n".join([*code, outputs.get(title, ""), *(clean(text)[2] for text in told)])) for title, told, code in found]
+    page = set.union(*known, values(outputs.get(None, "")))
+    wrong = []
+    for i, (title, told, _) in enumerate(found):
+        whole = not title or title.startswith(("whatthepapersays", "exercises"))
+        near = page if whole else known[i] | known[i - 1]
+        wrong += [(number, text[:60]) for text in told for number in unbound(text, near) if number not in free]
+    return wrong

@@ -22,6 +22,7 @@ from conftest import HOUR, ROOT, environment, real_data
 from first_cell import reference
 from nbdev.config import get_config
 from nbdev_reader import POLICY
+from PIL import Image
 
 from convmixer_edu.anatomy import count_macs
 from convmixer_edu.claims import claims
@@ -30,7 +31,9 @@ from convmixer_edu.recipe import Config
 
 HTML = ROOT / "_build" / "html"
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text("utf8"))
-PAGES = [TOC["root"], *(chapter["file"] for part in TOC["parts"] for chapter in part["chapters"])]
+MODULES = sorted(path.stem for path in (ROOT / "convmixer_edu").glob("[!_]*.py"))
+CHAPTERS = [TOC["root"], *(chapter["file"] for part in TOC["parts"] for chapter in part["chapters"])]
+PAGES = CHAPTERS + [f"nbs/api/{module}" for module in MODULES]
 NOTEBOOKS = [page for page in PAGES if (ROOT / f"{page}.ipynb").exists()]
 every_page = pytest.mark.parametrize("page", PAGES)
 every_notebook = pytest.mark.parametrize("page", NOTEBOOKS)
@@ -128,16 +131,11 @@ def test_figures_are_described(built, page):
 
 @every_notebook
 def test_numbers_in_prose_are_computed_or_claims(built, page):
-    """A number that a page tells stands in its code or output, or is a claim of the paper, or has a reason."""
-    path = ROOT / f"{page}.ipynb"
-    told = prose.cells(path, "markdown")
-    outputs = "\n".join(node.get_text(" ") for node in soup(page).select(".cell_output"))
-    known = prose.values("\n".join(
-        [*prose.cells(path, "code"), outputs, *(prose.clean(text)[2] for text in told)]))
-    free = prose.FREE.get(path.stem, {})
-    unbound = [(number, text[:60]) for text in told for number in prose.unbound(text, known) if number not in free]
-    assert not unbound
-    assert not [wrong for text in told for wrong in prose.wrong_claims(text)]
+    """A number that a page tells stands in code or output near it, or is a claim of the paper, or has a reason."""
+    path, text = ROOT / f"{page}.ipynb", lambda tree: "\n".join(node.get_text(" ") for node in tree.select(".cell_output"))
+    outputs = {prose.plain(head.get_text().removesuffix("#")): text(head.parent) for head in soup(page).select("article section > h2")}
+    assert not prose.unbound_on(path, {**outputs, None: text(soup(page))})
+    assert not [wrong for _, told, _ in prose.sections(path) for piece in told for wrong in prose.wrong_claims(piece)]
 
 
 def test_every_claim_is_shown_in_its_chapter(built):
@@ -153,11 +151,15 @@ def test_sentences_about_the_paper_name_a_claim(built):
     assert not bare
 
 
-def test_figures_and_equations_are_numbered(built):
-    for page in NOTEBOOKS:
-        for figure in soup(page).select("figure[id^=fig-]"):
-            assert figure.select_one(".caption-number"), figure["id"]
-            assert figure.select_one("svg"), figure["id"]
+@every_notebook
+def test_every_figure_is_numbered_and_says_what_to_see(built, page):
+    """Whatever a cell draws stands in a figure with a number and a caption, which is not its alternative text."""
+    for drawn in soup(page).select("article .cell_output svg[role=img]"):
+        figure = drawn.find_parent("figure")
+        assert figure and figure.get("id", "").startswith("fig-"), drawn["aria-label"]
+        assert figure.select_one(".caption-number"), figure["id"]
+        caption = figure.select_one(".caption-text").get_text()
+        assert len(caption) > 20 and caption != drawn["aria-label"], figure["id"]
 
 
 def test_symbols_are_the_names_in_the_code():
@@ -187,11 +189,46 @@ def test_the_first_page_calls_each_page_by_its_title(built):
     cards = {card["href"]: card.get_text() for card in soup(TOC["root"]).select("article section section li > p > a, "
                                                                                 "article section section li > a")}
     sidebar = {link["href"]: link.get_text(strip=True) for link in soup(TOC["root"]).select("nav.bd-links a.internal")}
-    for page in PAGES[1:]:
+    for page in CHAPTERS[1:]:
         title = soup(page).select_one("article h1").find(string=True, recursive=False)
+        assert f"{Path(page).name}.html" in cards, f"write a card for {page} into nbs/index.ipynb"
         assert cards[f"{Path(page).name}.html"] == title, page
         assert sidebar[f"{Path(page).name}.html"] == title, page
-    assert len(cards) == len(PAGES) - 1
+    assert len(cards) == len(CHAPTERS) - 1
+
+
+MARKS = {"mathjax": ".math", "live/exercise": "form.exercise", "live/order": ".live-order", "sphinx-design": "[class*='sd-']",
+         "live/sliders": ".live-anatomy, .live-knife", "live/live.js": ".live", "copybutton.js": ".highlight"}
+
+
+@every_page
+def test_a_page_loads_what_it_uses(built, page):
+    """A script is there where something on the page needs it, and not elsewhere."""
+    text = str(soup(page).head)
+    for part, mark in MARKS.items():
+        assert (part in text) == bool(soup(page).select_one("article").select(mark)), part
+
+
+def test_a_shared_link_shows_a_picture_of_its_part(built):
+    shown = {part["caption"]: {soup(chapter["file"]).select_one("meta[property='og:image']")["content"]
+                               for chapter in part["chapters"]} for part in TOC["parts"]}
+    assert all(len(names) == 1 for names in shown.values()) and len(set.union(*shown.values())) == len(shown)
+    for (name,) in shown.values():
+        picture = HTML / "_static" / Path(name).name
+        assert Image.open(picture).size == (1200, 630) and picture.stat().st_size < 100_000
+
+
+def test_a_page_can_be_mended_by_its_reader(built):
+    config = get_config(path=ROOT)
+    for page in NOTEBOOKS:
+        (link,) = soup(page).select("a.btn-source-edit-button")
+        assert link["href"].endswith(f"github.com/{config.user}/{config.repo}/edit/{config.branch}/{page}.ipynb"), link["href"]
+
+
+def test_the_book_says_how_to_cite_it(built):
+    about = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf8"))
+    text = soup("nbs/references").select_one(".highlight-bibtex").get_text()
+    assert text.startswith("@software{") and all(about[key] in text for key in ("title", "version", "url"))
 
 
 @every_page
@@ -219,9 +256,27 @@ def test_long_code_is_folded_and_says_what_it_is(built, page):
 def test_exported_cells_are_marked(built, page):
     text = (ROOT / f"{page}.ipynb").read_text("utf8")
     module = re.search(r"#\|\s*default_exp\s+(\w+)", text)
-    marks = soup(page).select("p.exported a[href*='api.html#module-']")
+    marks = soup(page).select("p.exported a[href*='api/']")
     assert bool(marks) == bool(module)
+    assert all(mark["href"].endswith(f"api/{module[1]}.html#module-convmixer_edu.{module[1]}") for mark in marks)
     assert all(mark.get_text() == f"convmixer_edu.{module[1]}" for mark in marks)
+
+
+def test_every_module_has_its_page_and_no_other_is_there(built):
+    assert sorted(path.stem for path in (HTML / "nbs" / "api").glob("*.html")) == MODULES
+    for module in MODULES:
+        assert soup(f"nbs/api/{module}").find(id=f"module-convmixer_edu.{module}")
+
+
+def test_the_search_puts_chapters_above_the_api(site, tab):
+    """Also where the word is the name of a function."""
+    for word in ("mixup", "claim"):
+        tab.open(f"{site}search.html?q={word}")
+        script = """new Promise(done => { const list = document.querySelector("#search-results"), look = () => list.innerText.includes("finished") ?
+            done([...list.querySelectorAll("li > a")].map(link => link.getAttribute("href"))) : setTimeout(look, 100); look() })"""
+        links = tab.evaluate(script)
+        api = [link.startswith("nbs/api") for link in links]
+        assert any(api) and api == sorted(api)
 
 
 @pytest.fixture(scope="module")
@@ -261,9 +316,8 @@ def test_page_in_a_browser(site, tab, page):
         assert tab.evaluate("document.querySelectorAll('article mjx-container').length") >= formulas
 
 
-STORY = [chapter["file"] for part in TOC["parts"][:2] for chapter in part["chapters"]
-         if chapter["file"] != "nbs/07_imagenet"]  # whose reading of files belongs into the workshop, and is not there yet
-STORY += ["nbs/A_comparisons", "nbs/B_ablations", "nbs/B1_scaling", "nbs/C_weights"]
+STORY = [chapter["file"] for part in TOC["parts"][:2] for chapter in part["chapters"]]
+STORY += ["nbs/A_comparisons", "nbs/B_ablations", "nbs/B1_scaling", "nbs/C_weights", "nbs/D_implementation"]
 SHAPE = """(() => { const page = document.querySelector("article.bd-article"), all = page.cloneNode(true), tall = e => e.getBoundingClientRect()
     all.querySelectorAll("div.cell, script, style, svg").forEach(part => part.remove())
     const code = [...page.querySelectorAll("div.cell_input")].filter(e => e.checkVisibility()).reduce((sum, e) => sum + tall(e).height, 0)
@@ -277,6 +331,38 @@ def test_a_page_of_the_story_is_short_and_opens_with_a_picture(site, tab, page):
     tab.open(f"{site}{page}.html")
     words, code, first = tab.evaluate(SHAPE)
     assert words <= 2500 and code < 0.21 and first < 800
+
+
+WEIGHT = """performance.getEntriesByType("navigation").concat(performance.getEntriesByType("resource")).reduce((sum, file) =>
+    sum + file.encodedBodySize, 0)"""
+
+
+@every_page
+def test_a_page_is_light(site, tab, page):
+    """What a page loads before anything is asked of it, uncompressed; a server that compresses sends a third of it."""
+    tab.look(1280, 800)
+    tab.open(f"{site}{page}.html")
+    assert tab.evaluate(WEIGHT) < 2_500_000
+
+
+def test_the_search_puts_chapters_first_and_shows_a_sentence(site, tab):
+    tab.look(1280, 800)
+    _, complaints = tab.open(f"{site}search.html?q=depthwise")
+    assert not complaints
+    found = tab.evaluate("""new Promise(done => { const look = () => {
+        const items = [...document.querySelectorAll("ul.search li")]
+        items.length > 5 && items.slice(0, 3).every(item => item.querySelector("p.context")) ? done(items.map(item =>
+            [item.querySelector("a").href, item.querySelector("p.context")?.textContent])) : setTimeout(look, 100) }; look() })""")
+    pages = [Path(urlsplit(address).path).stem for address, _ in found]
+    assert "api" not in pages or "api" not in pages[:pages.index("api")] and set(pages[pages.index("api"):]) == {"api"}
+    for _, sentence in found[:3]:
+        assert len(sentence) > 40 and "Contents" not in sentence and "\n" not in sentence
+
+
+def test_a_lost_reader_can_search(site, built):
+    page = BeautifulSoup((HTML / "404.html").read_text("utf8"), "html.parser")
+    assert page.find("base")["href"] == urlsplit(get_config(path=ROOT).doc_host + get_config(path=ROOT).doc_baseurl).path
+    assert page.select("article form[action='search.html'] input[name=q]") and page.select("article a[href='nbs/index.html']")
 
 
 @every_page

@@ -24,9 +24,9 @@ def test_every_claim_can_be_read():
 
 
 @pytest.mark.parametrize("change, told", [
-    ({"confidence": "sure"}, "confidence is 'sure'"), ({"id": "Bad id"}, "an id is made of"),
-    ({"value": "some"}, "expected a number"), ({"source": " "}, "source is empty"), ({"subject": ""}, "subject is empty"),
-    ({"chapter": None}, "one value for each column"), ({"id": "params-768-32"}, "is taken"),
+    ({"confidence": "sure"}, "confidence is 'sure'"), ({"id": "Bad id"}, "id is .Bad id., expected small letters"),
+    ({"value": "some"}, "expected a number"), ({"source": " "}, "source is . ., expected a source"), ({"subject": ""}, "subject is .., expected some words"),
+    ({"chapter": None}, "more or fewer values than columns"), ({"id": "params-768-32"}, "is taken"),
 ])
 def test_a_broken_row_is_named(change, told):
     row = {**vars(claim("t1-1536-20")), **change}
@@ -48,11 +48,13 @@ def test_an_unknown_claim_is_answered_with_its_neighbours():
         claim("t1-1536-2")
 
 
-def test_weak_claims_say_so_wherever_they_are_shown():
+def test_a_link_shows_the_value_and_its_title_says_what_is_weak():
     for c in claims().values():
-        weak = c.confidence in ("recalled", "derived")
-        assert c.text.endswith(c.confidence) == weak
-        assert html.escape(c.text) in c.link() and f"#{c.id}" in c.link()
+        link, weak = c.link(), c.confidence in ("recalled", "derived")
+        title, shown = link.partition(">")[0], link.partition(">")[2]
+        assert shown == f"{html.escape(c.text)}</a>" and f"#{c.id}" in title
+        assert (html.escape(module.MARKS[c.confidence]) in title) == weak
+        assert not weak or not any(word in c.text for word in ("recalled", "derived"))
 
 
 @pytest.mark.parametrize("id", list(claims()))
@@ -96,7 +98,7 @@ def test_the_check_of_prose_finds_what_it_should():
     bad = "It takes 31 seconds, twenty-five steps, 5 % and 4.5 million; [81.37 %](claims.ipynb#t1-1536-20) is free."
     assert prose.unbound(bad, page) == ["31 seconds", "5 %", "4.5 million", "twenty-five"]
     assert prose.wrong_claims("[81.37 %](claims.ipynb#t1-1536-20), [the largest one](claims.ipynb#t1-1536-20)") == []
-    assert prose.wrong_claims("[81.4 %](claims.ipynb#t1-1536-20)") and prose.wrong_claims("[206 img/s](claims.ipynb#thr-768-32)")
+    assert prose.wrong_claims("[81.4 %](claims.ipynb#t1-1536-20)") and prose.wrong_claims("[206 img/s, recalled](claims.ipynb#thr-768-32)")
 
 
 def test_the_light_script_is_judged_by_the_interval_of_our_runs(monkeypatch):

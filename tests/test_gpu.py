@@ -188,6 +188,6 @@ def test_a_record_holds_what_was_measured_and_on_what():
     assert record["work"] == asdict(work) and record["torch"] == torch.__version__
     assert record["best"] == max(record["probe"], key=lambda c: c["images_per_second"])
     assert len(record["probe"]) == len(eager)
-    longest = max(record["floor"].values())
-    assert record["part_of_floor"] == pytest.approx(longest * record["best"]["images_per_second"] / 4)
+    longest = max(record["roofline"].values())
+    assert record["part_of_roofline"] == pytest.approx(longest * record["best"]["images_per_second"] / 4)
     assert record["profile"] and record["profile"][0][1] <= 1

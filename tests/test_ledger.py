@@ -131,7 +131,8 @@ def test_a_record_is_on_the_disk_before_the_run_may_go(finished, tmp_path, monke
 def test_an_adopted_record_is_the_same_and_brings_nothing_else(finished, tmp_path):
     folder = ledger.archive(finished, "a", "c", weights=True, into=tmp_path / "results")
     (folder / "extra.py").write_text("print(1)")
-    copy = ledger.adopt(folder, tmp_path / "other")
+    ledger.adopt(folder, tmp_path / "other")
+    copy = tmp_path / "other/a"
     assert {file.name: file.read_bytes() for file in copy.iterdir()} == {
         file.name: file.read_bytes() for file in folder.iterdir() if file.name != "extra.py"}
     (folder / "run.json").write_text("{}")

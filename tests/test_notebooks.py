@@ -50,9 +50,10 @@ def test_every_module_has_one_notebook():
     for path in NOTEBOOKS:
         for module in re.findall(r"^#\|\s*default_exp\s+(\S+)", "\n".join(cells(path)), re.M):
             homes.setdefault(module, []).append(path.name)
-    assert all(len(names) == 1 for names in homes.values()), homes
+    assert all(len(names) == 1 for names in homes.values()), f"written in several notebooks: {homes}"
     modules = {path.stem for path in (ROOT / "convmixer_edu").glob("*.py")} - {"__init__", "__main__", "_modidx"}  # the first two by hand
-    assert modules == set(homes)
+    assert not modules - set(homes), f"no notebook has a `#| default_exp` for {sorted(modules - set(homes))}"
+    assert not set(homes) - modules, f"run nbdev_export for {sorted(set(homes) - modules)}"
 
 
 def test_notebooks_are_clean(tmp_path):
@@ -65,7 +66,8 @@ def test_toc_lists_every_notebook():
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text("utf8"))
     pages = {toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])}
     files = {f"nbs/{path.stem}" for path in (ROOT / "nbs").iterdir() if path.suffix in {".ipynb", ".md"}}
-    assert pages == files
+    assert not files - pages, f"write into _toc.yml: {sorted(files - pages)}"
+    assert not pages - files, f"_toc.yml names what is not there: {sorted(pages - files)}"
 
 
 @by_name
@@ -93,7 +95,8 @@ def imported(path, modules):
     found = set()
     for node in ast.walk(ast.parse(path.read_text("utf8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name.removeprefix("convmixer_edu.") for alias in node.names}
+            found |= {alias.name.removeprefix("convmixer_edu.") for alias in node.names
+                      if alias.name.startswith("convmixer_edu.")}  # a bare `train` is timm's script
         elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("convmixer_edu")):
             here = (node.module or "").removeprefix("convmixer_edu").strip(".")
             found |= {here} if here else {alias.name for alias in node.names}
@@ -107,11 +110,18 @@ def test_modules_import_only_from_below():
     text = (ROOT / "CONTRIBUTING.md").read_text("utf8")
     floors = {name: int(level) for level, names in re.findall(r"^(\d)  (.+)$", text, re.M) for name in names.split()}
     table = re.findall(r"^\| (\w+) \| [^|]* \| (?:`(\w+)\.py`|-)", text, re.M)
-    assert {chapter for chapter, _ in table} == {path.stem for path in NOTEBOOKS}
-    assert {module for _, module in table if module} == set(floors)
+    chapters, modules = {chapter for chapter, _ in table}, {module for _, module in table if module}
+    there = {path.stem for path in NOTEBOOKS}
+    assert not there - chapters, f"write a row into CONTRIBUTING.md's table of chapters for {sorted(there - chapters)}"
+    assert not chapters - there, f"CONTRIBUTING.md's table has rows for chapters that are not there: {sorted(chapters - there)}"
+    assert not modules - set(floors), f"write on a floor of CONTRIBUTING.md: {sorted(modules - set(floors))}"
+    assert not set(floors) - modules, f"on a floor of CONTRIBUTING.md, but in no row of its table: {sorted(set(floors) - modules)}"
+    written = {path.stem for path in (ROOT / "convmixer_edu").glob("[!_]*.py")}
+    assert modules == written, f"CONTRIBUTING.md's table and the package differ in {sorted(modules ^ written)}"
     for path in (ROOT / "convmixer_edu").glob("[!_]*.py"):
         for below in imported(path, set(floors)):
-            assert floors[below] < floors[path.stem], f"{path.stem} imports {below}"
+            assert floors[below] < floors[path.stem], (f"{path.stem} (floor {floors[path.stem]} in CONTRIBUTING.md) imports {below} "
+                                                       f"(floor {floors[below]}): only what stands below may be imported")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "convmixer_edu").glob("[a-z]*.py")), ids=lambda path: path.stem)

@@ -1,4 +1,4 @@
-"""Speed: what the hardware has, the floor by hand, the probe and its cache, the records of the command."""
+"""Speed: what the hardware has, the roofline by hand, the probe and its cache, the records of the command."""
 
 import json
 from contextlib import ExitStack
@@ -107,11 +107,11 @@ def test_bytes_by_hand():
         2 * ((1 + 2 * (2 + 2) + 1) * activation + image + weights)
 
 
-def test_the_floor_is_the_longer_of_two_times():
+def test_the_roofline_is_the_longer_of_two_times():
     work = replace(TINY, train=False)
     flops, moved = speed.step_flops(work), speed.step_bytes(work)
-    floor = speed.roofline(work, (flops / 2, moved / 3))
-    assert (floor.arithmetic, floor.memory, floor.seconds) == pytest.approx((2, 3, 3))
+    limit = speed.roofline(work, (flops / 2, moved / 3))
+    assert (limit.arithmetic, limit.memory, limit.seconds) == pytest.approx((2, 3, 3))
 
 
 def test_ceilings_count_operations_and_both_ways_of_a_copy():

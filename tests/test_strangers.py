@@ -123,11 +123,7 @@ def test_what_is_no_file_is_not_waited_for(kind, tmp_path):
 
 
 @posix_only
-def test_a_pipe_beside_weights_is_not_waited_for(tmp_path):
-    from safetensors.torch import save_file
-    save_file({"0.weight": torch.zeros(1)}, tmp_path / "w.safetensors")
-    os.mkfifo(tmp_path / "config.json")
-    assert pretrained.read_weights(tmp_path / "w.safetensors")[1] is None
+def test_a_pipe_is_no_file_of_weights(tmp_path):
     os.mkfifo(tmp_path / "pipe.pth")
     with pytest.raises(CheckpointError, match="there is no file"):
         pretrained.read_weights(tmp_path / "pipe.pth")
@@ -435,13 +431,14 @@ def test_settings_and_evaluations_of_another_user_are_not_believed(tmp_path):
     assert machine.read_answers() == {"a question": "an answer"}
     os.chown(tmp_path / "cache/speed.json", SOMEBODY, SOMEBODY)
     assert machine.read_answers() == {}
-    note, tally = tmp_path / "cache/evaluations/x.safetensors", pretrained.Tally(3)
+    note = tmp_path / "cache/evaluations/x.safetensors"
+    tally = pretrained.Tally(3, note)
     tally.add(torch.eye(3), torch.arange(3))
-    pretrained._keep(note, tally)
-    assert pretrained._pick_up(note, 3).done == 3
+    tally.keep()
+    assert pretrained.Tally(3, note).done == 3
     os.chown(note, SOMEBODY, SOMEBODY)
     with pytest.warns(UserWarning, match="belongs to another user; evaluated from the start"):
-        assert pretrained._pick_up(note, 3).done == 0
+        assert pretrained.Tally(3, note).done == 0
 
 
 @pytest.fixture

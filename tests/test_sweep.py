@@ -38,7 +38,7 @@ def quiet(tmp_path_factory):
     return folder
 
 
-def child(tell, out, tasks=TASKS, seconds=None):
+def child(tell, out, tasks=TASKS, seconds=float("inf")):
     """A sweep in a process of its own, as the others: one thread."""
     tell(work(tasks, out, "digits", "cpu", seconds, tell=lambda run: tell(run["name"])))
 
@@ -214,13 +214,14 @@ def test_two_commands_share_a_plan(tmp_path):
     from convmixer_edu.checkpoint import claimed
     (tmp_path/"work").mkdir()
     with claimed(tmp_path/"work"/f"try-{TASKS[0].name}.lock") as own:
-        assert own and not work(TASKS[:2], tmp_path, "digits", "cpu", wait=False)
-    assert pending(TASKS[:2], tmp_path) == TASKS[:1]
+        other = forked.Process(child, tmp_path, TASKS[:2])
+        assert own and next(iter(other)) == TASKS[1].name and pending(TASKS[:2], tmp_path) == TASKS[:1]
+    assert other.end()[0] == [TASKS[0].name, True]
 
 
 def test_what_goes_wrong_in_a_crowd_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="^device .cuda:9. cannot be used here"):
-        sweep.sweep(TASKS, tmp_path, "digits", "cuda:9", jobs=2)
+        work(TASKS, tmp_path, "digits", "cuda:9", jobs=2)
 
 
 # a loss that is no number

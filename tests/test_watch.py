@@ -45,21 +45,6 @@ def test_a_run_shorter_than_the_trace_still_leaves_one(tmp_path):
     assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
 
 
-def test_the_plot_is_redrawn_in_its_place_and_not_too_often(run):
-    _, events = run
-    with patch("IPython.display.display") as shown:
-        plot = watch.LivePlot(every=3600)
-        for event in events:
-            plot(event)
-    assert shown.call_count == 1 and shown.return_value.update.call_count == 1
-    last = shown.return_value.update.call_args.args[0].data
-    assert "held-out accuracy" in last and f"{plot.accuracies[-1][1]:.2f}" in last
-
-
-def test_the_bill():
-    assert watch.bill(1800, 5400, 3.0) == (1.5, 6.0)
-
-
 def test_tensorboard_that_is_not_there_is_said_in_a_sentence(tmp_path):
     with patch.object(watch, "find_spec", return_value=None), pytest.raises(ValueError, match="pip install"):
         watch.TensorBoard(tmp_path)

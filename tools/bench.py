@@ -34,11 +34,11 @@ from convmixer_edu.checkpoint import write_atomically
 from convmixer_edu.data import load_images
 from convmixer_edu.depthwise import choose_method
 from convmixer_edu.inference import statistics as image_statistics
-from convmixer_edu.machine import (autocast, choose_device, choose_precision, dtype_name, keep_freed_memory, make_scaler,
+from convmixer_edu.machine import (autocast, choose_precision, dtype_name, keep_freed_memory, make_scaler,
                                    who_ran)
 from convmixer_edu.model import ConvMixer
 from convmixer_edu.recipe import PRESETS, with_settings
-from convmixer_edu.train import Run, _choose, build_model, epoch_order, make_facts
+from convmixer_edu.train import Run, _choose, build_model, make_facts
 
 ROUNDS, CPU, HALF, FULL = 5, torch.device("cpu"), torch.bfloat16, torch.float32
 WORK = {f"k{k} batch {b}": (k, b) for b in (64, 128) for k in (5, 9)}
@@ -270,7 +270,7 @@ def pipeline(data, device, c, workers=(2,), rounds=ROUNDS, end=float("inf"), tel
 
         def epoch():
             number = next(numbers)
-            order = epoch_order(len(data), 0, number)
+            order = torch.randperm(len(data), generator=torch.Generator().manual_seed(number))
             for i in range(images // batch):
                 step(order[i * batch:(i + 1) * batch], number, i)
         return synchronised(epoch, device)

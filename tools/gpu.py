@@ -117,7 +117,7 @@ def kernels(options, device, out):
 
 
 def measure(work, device, seconds, report=None):
-    """A record of a workload: probe, ceilings, floor, a profile of the best."""
+    """A record of a workload: probe, ceilings, roofline, a profile of the best."""
     import torch
 
     from convmixer_edu import speed
@@ -133,7 +133,7 @@ def measure(work, device, seconds, report=None):
         names = speed.profile_step(speed.make_step(work, best, device), device)
     return {"device": device_name(device), "torch": torch.__version__, "threads": torch.get_num_threads(), "work": asdict(work),
             "probe": [asdict(c) for c in timed], "best": asdict(best), "ceilings": {"flops": rates[0], "bytes": rates[1]},
-            "floor": asdict(limit), "part_of_floor": limit.seconds * best.images_per_second / work.batch_size, "profile": names}
+            "roofline": asdict(limit), "part_of_roofline": limit.seconds * best.images_per_second / work.batch_size, "profile": names}
 
 
 def settings(options, device, out):
@@ -155,7 +155,7 @@ def settings(options, device, out):
         record = measure(work, device, seconds, lambda c: print(
             f"  {name}: {c!s:45s} {c.images_per_second:9,.0f} images/s {c.reason}", flush=True))
         write(file, {**record, **here(device)})
-        print(f"  {100 * record['part_of_floor']:.0f} % of the floor; ceilings {record['ceilings']['flops'] / 1e12:.1f} "
+        print(f"  {100 * record['part_of_roofline']:.0f} % of the roofline; ceilings {record['ceilings']['flops'] / 1e12:.1f} "
               f"TFLOP/s, {record['ceilings']['bytes'] / 1e12:.2f} TB/s", flush=True)
     return True
 

@@ -16,7 +16,7 @@ from convmixer_edu.train import Stopped, train
 def run(config, source, out, device, end):
     """Train, or go on, until an end by the monotonic clock; return what run.json holds, or None where it was stopped."""
     try:
-        return train(config, source, out, (out / "config.json").exists(), device, seconds=max(1e-9, end - time.monotonic()))
+        return train(config, source, out, (out / "config.json").exists(), device, lambda event: time.monotonic() > end)
     except Stopped as error:
         print(json.dumps({"run": out.name, "stopped": str(error)}), flush=True)
         return None

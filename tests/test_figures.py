@@ -1,0 +1,83 @@
+"""Figures: colours that each theme can set, letters that can be read, pictures that are what was drawn."""
+
+import base64
+import io
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from matplotlib.patches import Circle
+from PIL import Image
+
+from convmixer_edu.visualize import PALETTE, axes, image_grid, svg
+
+STYLE = (ROOT / "assets" / "static" / "book.css").read_text("utf8")
+
+
+def luminance(colour):
+    """WCAG's relative luminance of #rrggbb."""
+    values = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+    return sum(w * (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055)**2.4)
+               for w, v in zip((0.2126, 0.7152, 0.0722), values))
+
+
+@pytest.mark.parametrize(("theme", "ground"), [("light", "#ffffff"), ("dark", "#14171c")])
+def test_every_colour_stands_out_in_both_themes(theme, ground):
+    block = re.search(rf'html\[data-theme="{theme}"\] \{{(.*?)\}}', STYLE, re.S)[1]
+    colours = re.findall(r"--fig-\d: (#\w{6});", block)
+    assert len(colours) == len(PALETTE)
+    for colour in colours:
+        low, high = sorted((luminance(colour), luminance(ground)))
+        assert (high + 0.05) / (low + 0.05) >= 3, colour
+
+
+def test_a_figure_takes_its_colours_from_the_page():
+    fig, ax = axes()
+    for i in range(len(PALETTE)):
+        ax.plot([0, 1], [0, i])
+    text = svg(fig, "Seven lines")
+    for i, colour in enumerate(PALETTE, 1):
+        assert text.count(colour.lower()) == text.count(f"var(--fig-{i}, {colour.lower()})") == 1
+
+
+def test_no_letter_is_smaller_than_nine_points():
+    fig, ax = axes(width=3)
+    ax.plot([0, 1], label="a line")
+    ax.legend(fontsize=5)
+    ax.set_title("small", fontsize=6)
+    text = svg(fig, "A line")
+    shown = int(re.search(r"max-width:(\d+)px", text)[1]) / float(re.search(r'viewBox="0 0 ([\d.]+)', text)[1])
+    sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", text)]
+    assert len(sizes) > 5 and min(sizes) * shown >= 11.9  # pixels of a screen, 96 to the inch
+
+
+def pictures(text):
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
+            for data in re.findall(r"data:image/\w+;base64,([^\"]+)", text)]
+
+
+def test_a_small_picture_is_kept_as_it_is():
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    kept = pictures(svg(image_grid(images), "Noise"))
+    assert len(kept) == 3
+    for picture, image in zip(kept, images):
+        assert (picture == image.permute(1, 2, 0).numpy()).all()
+
+
+def test_a_photograph_is_nearly_kept_and_much_smaller():
+    ramp = torch.linspace(0, 1, 240)
+    image = torch.stack([ramp.expand(240, -1), ramp[:, None].expand(-1, 240), torch.rand(240, 240) / 9])[None]
+    text = svg(image_grid(image, scale=2), "A ramp")
+    (kept,) = pictures(text)
+    assert np.abs(kept / 255 - image[0].permute(1, 2, 0).numpy()).mean() < 0.04
+    assert len(text) < 40_000 and "pixelated" not in text
+
+
+def test_what_is_written_in_a_figure_is_left_alone():
+    fig, ax = axes()
+    words = f'{PALETTE[0].lower()} font-family: x; d="1.23456" #010203'
+    ax.set_title(words)
+    ax.add_patch(Circle((0.123456, 0.5), 0.25))
+    assert words in svg(fig, "A circle")
