@@ -122,7 +122,7 @@ def users_step(c, device, dtype, last=True, compiled=False, model=None):
     return step
 
 
-def opponents(c, device, rounds=ROUNDS):
+def opponents(c, device, rounds=ROUNDS, compiled=True):
     """Ours against what others would do with the same step, in turn."""
     gpu, data, index = device.type == "cuda", colour_images(c.batch_size), torch.arange(c.batch_size)
     half, count = HALF if not gpu else choose_precision(device), 20 if gpu else 1
@@ -140,7 +140,7 @@ def opponents(c, device, rounds=ROUNDS):
         shape = c.batch_size, c.dim, 32 // c.patch_size, 32 // c.patch_size
         method, _ = choose_method(shape, c.kernel_size, choose_precision(device))
         steps |= {"ours, no kernels": ours_step(depthwise=method), "ours, float32": ours_step(precision="float32")}
-    many = {}
+    many, steps = {}, {name: step for name, step in steps.items() if compiled or "compiled" not in name}
     for name, step in steps.items():
         began = time.monotonic()
         for _ in range(5 if gpu else 1):  # compiled, recorded, warm

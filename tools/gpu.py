@@ -189,7 +189,8 @@ def step(options, device, out):
     import bench
     c = light25(options)
     c = replace(c, randaug_n=0)  # flips alone: the opponents get their images ready made
-    found = bench.opponents(c, device, rounds=5 if device.type == "cuda" else 1)
+    gpu = device.type == "cuda"
+    found = bench.opponents(c, device, rounds=5 if gpu else 1, compiled=gpu)
     write(out / "step.json", {**here(device), "batch": c.batch_size, **found})
     for name, row in found["images_per_second"].items():
         print(f"  {name:34s} {sorted(row)[len(row) // 2]:9,.0f} images/s", flush=True)
