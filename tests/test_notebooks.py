@@ -12,7 +12,6 @@ import pytest
 import yaml
 from conftest import HOUR, ROOT
 from first_cell import first_cell, settings
-from prose import cells
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 BANNED = {
@@ -23,6 +22,14 @@ BANNED = {
     r"\\tag\{": "MathJax sets it twice",
     r"show_doc\(": "the API page shows the parameters",
 }
+
+
+def cells(path, kind="code"):
+    """Return the sources of a notebook's cells of one kind."""
+    notebook = json.loads(path.read_text("utf8"))
+    return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == kind]
+
+
 by_name = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 

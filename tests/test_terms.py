@@ -1,21 +1,19 @@
-"""Every symbol and term of the glossary is explained on the page of the story that uses it first: python tests/test_terms.py"""
+"""Every symbol and term is explained on the page of the story that first uses it; as a program, this prints where."""
 
 import re
-import sys
 from pathlib import Path
 
+import prose
 import pytest
 import yaml
+from conftest import ROOT
 
-sys.path.insert(0, str(Path(__file__).parent))
-import prose
-
-ROOT = Path(__file__).resolve().parent.parent
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text("utf8"))
 STORY = [Path(chapter["file"]).name for part in TOC["parts"][:3] for chapter in part["chapters"]]
 NOTATION = (ROOT / "nbs" / "notation.md").read_text("utf8")
 SYMBOLS = {symbol: (meaning, page) for symbols, meaning, page in re.findall(
-    r"^\| ([\w, ]+) \| ((?:`\w+`)? ?\| .+?) \| \[[^]]+\]\((\w+)\.ipynb\) \|", NOTATION, re.M) for symbol in symbols.split(", ")}
+    r"^\| ([\w, ]+) \| ((?:`\w+`)? ?\| .+?) \| \[[^]]+\]\((\w+)\.ipynb\) \|", NOTATION, re.M)
+    for symbol in symbols.split(", ")}
 TERMS = dict(re.findall(r"^([\w ]+)\n  (.+)", NOTATION.partition(":::{glossary}")[2], re.M))
 
 
@@ -34,12 +32,15 @@ def first_use(pattern):
 
 
 def word(term):
-    """Return a pattern for a term, in the plural and at the start of a sentence too."""
-    return rf"(?<![\w-])(?i:{term[0]}){term[1:].replace(' ', '[ -]')}(s|es)?(?![\w-])"
+    """Return a pattern for a term: in the plural and at the start of a sentence too, not as a part of a longer term."""
+    longer = [other for other in TERMS if term in other and term != other]
+    before = "".join(f"(?<!{other.partition(term)[0]})" for other in longer if not other.startswith(term))
+    after = "".join(f"(?!{other.removeprefix(term)})" for other in longer if other.startswith(term))
+    return rf"(?<![\w-]){before}(?i:{term[0]}){term[1:].replace(' ', '[ -]')}{after}(s|es)?(?![\w-])"
 
 
 def explains(page, term):
-    """Return how a page explains a term: it stands in italics or bold, or leads to its entry or to that entry's chapter."""
+    """Return how a page explains a term: in italics or bold, or by a link to its entry or to the entry's chapter."""
     text = "\n\n".join(prose.cells(ROOT / "nbs" / f"{page}.ipynb", "markdown"))
     if any(re.search(word(term), span) for _, span in re.findall(r"(\*{1,2})(?=\S)([^*\n]+)(?<=\S)\1(?!\*)", text)):
         return "in italics"
@@ -63,7 +64,7 @@ def beside(letter, cell):
 @pytest.mark.parametrize("term", TERMS)
 def test_a_term_is_explained_where_the_story_first_uses_it(term):
     used = first_use(word(term))
-    assert used is None or explains(used[0], term), f"{term} is first used in {used[0]}: set it in italics or link its entry"
+    assert used is None or explains(used[0], term), f"{term} is new in {used[0]}: set it in italics or link its entry"
 
 
 @pytest.mark.parametrize("letter", SYMBOLS)
@@ -79,4 +80,4 @@ if __name__ == "__main__":
         print(f"{name:26} first used in {page:18} beside {', '.join(beside(name, cell))}")
     for name in TERMS:
         page, _ = first_use(word(name)) or (None, None)
-        print(f"{name:26} " + (f"first used in {page:18} explained {explains(page, name)}" if page else "not in the story"))
+        print(f"{name:26} " + (f"first used in {page:18} {explains(page, name)}" if page else "not in the story"))
