@@ -19,7 +19,7 @@ FONTS = "output/chtml/fonts/woff-v2"
 USED = {  # part of a script's or style's name -> what stands in a page that uses it
     "sphinx-design": r'class="[^"]*\bsd-', "design-tabs": r'class="sd-tab', "togglebutton": r'class="[^"]*\b(toggle|dropdown)\b',
     "clipboard": r'class="highlight', "copybutton": r'class="highlight', "live/live.js": r'class="live"',
-    "mathjax": r'class="math', "MathJax": r'class="math', "live/sliders": r'class="live-(anatomy|knife)', "live/order": r'class="live-order',
+    "mathjax": r'class="math', "MathJax": r'class="math', "live/sliders": r'class="live-(anatomy|knife|attention)', "live/order": r'class="live-order',
     "live/exercise": r'class="exercise', "live/live.css": r'class="(live|exercise)',
 }
 RULE = r'((?:\.fa-[\w-]+:before,?)+)\{content:"\\(\w+)"\}'  # of Font Awesome's style sheet: names of an icon, its letter
@@ -53,27 +53,22 @@ def copy_mathjax(app):
     (target / "mathjax.js").write_text(text, "utf8")
 
 
-def drop_unused(app, pagename, templatename, context, doctree):
-    """Leave scripts and styles out of a page that has nothing for them to do."""
+def fit_page(app, pagename, templatename, context, doctree):
+    """Leave scripts and styles out of a page that has nothing for them to do; tell a lost page where the book begins."""
     def wanted(file):
         name = str(file.filename or file.attributes.get("body", ""))
         return all(re.search(mark, context.get("body", "")) for part, mark in USED.items() if part in name)
 
     for kind in ("css_files", "script_files"):
         context[kind] = [file for file in context[kind] if wanted(file)]
+    if pagename == "404":  # a server shows it at any address
+        base = re.sub(r"^https?://[^/]+", "", app.config.html_baseurl)
+        context["metatags"] = f'{context.get("metatags", "")}<base href="{base}" />'
 
 
 def lost_page(app):
     """The page that a server answers with where there is none."""
     return [("404", {"title": "There is no such page", "body": LOST}, "page.html")]
-
-
-def finish_lost_page(app, error):
-    """A lost page stands for any address: its links begin at the book's own."""
-    path = Path(app.outdir) / "404.html"
-    if not error and path.exists():
-        base = re.sub(r"^https?://[^/]+", "", app.config.html_baseurl)
-        path.write_text(path.read_text("utf8").replace("<head>", f'<head>\n<base href="{base}" />', 1), "utf8")
 
 
 def shrink_icons(app, error):
@@ -109,7 +104,6 @@ def setup(app):
     app.connect("builder-inited", copy_mathjax)
     app.connect("source-read", add_citation)
     app.connect("html-collect-pages", lost_page)
-    app.connect("html-page-context", drop_unused, priority=950)
+    app.connect("html-page-context", fit_page, priority=950)
     app.connect("build-finished", shrink_icons, priority=900)
-    app.connect("build-finished", finish_lost_page)
     return {"parallel_read_safe": True, "version": "1"}

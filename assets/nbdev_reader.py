@@ -30,6 +30,7 @@ HIDDEN = {"hide", "default_exp"}
 FIGURE = {"label", "fig-cap"}
 MARKED = {"exercise": "exercise", "check": "check"}  # directive with any value -> a tag
 CLAIM = re.compile(r"\[([^\]]+)\]\(claims\.ipynb#([\w-]+)\)")
+TERM = re.compile(r"\[([^\]]+)\]\(notation\.md#(term-[\w-]+)\)")  # MyST knows no anchors of a glossary
 TAGS = {  # (directive, value) -> the tag that MyST-NB knows
     ("echo", "false"): "remove-input",
     ("output", "false"): "remove-output",
@@ -100,7 +101,7 @@ def read(text, digest="", skip=()):
             # outputs are cached under the cells and their metadata: name what else decides them
             cell.metadata["digest"] = digest
         else:
-            cell.source = CLAIM.sub(claim_link, cell.source)
+            cell.source = CLAIM.sub(claim_link, TERM.sub(r'<a href="notation.html#\2">\1</a>', cell.source))
         cells.append(cell)
     notebook.cells = [cell for cell in cells if cell not in last] + last
     return notebook

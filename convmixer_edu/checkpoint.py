@@ -7,7 +7,6 @@ __all__ = ['CHECKPOINTS', 'CheckpointError', 'ensure', 'write_atomically', 'writ
            'expected_tensors', 'check_tensors', 'restore']
 
 # %% ../nbs/W4_checkpoint.ipynb #329ef234
-import errno
 import hashlib
 import json
 import os
@@ -18,7 +17,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import AdamW
 
 from .data import brief, written_aside
 
@@ -60,15 +60,10 @@ def write_json(path: Path, note: dict) -> None:
 
 def sync_folder(folder: Path) -> None:
     "Put a folder's names on the disk, where the system can do that"
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
-            raise
-    finally:
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        with suppress(OSError):  # some drives in the network cannot
+            os.fsync(handle)
         os.close(handle)
 
 # %% ../nbs/W4_checkpoint.ipynb #9b331822
@@ -404,15 +399,12 @@ def keyed_generator(
     The same key gives the same draws in any process; other keys give
     unrelated draws, but for a rare meeting."""
     digest = hashlib.sha256(repr(tuple(int(k) for k in key)).encode()).digest()
-    generator = torch.Generator()
-    return generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    seed = int.from_bytes(digest[:8], "little") >> 1
+    return torch.Generator().manual_seed(seed)
 
 # %% ../nbs/W4_checkpoint.ipynb #a2c87373
-def collect(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-) -> dict[str, Tensor]:  # names start with "model." or "optimizer."
-    "All tensors that decide how training goes on, by name"
+def collect(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
+    "All that decides how training goes on; model.* and optimizer.*"
     tensors = {f"model.{n}": t for n, t in model.state_dict().items()}
     for i, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
@@ -426,8 +418,8 @@ def _parameters(optimizer):
 
 
 def expected_tensors(
-    model: torch.nn.Module,
-    optimizer: torch.optim.AdamW,  # over its parameters
+    model: nn.Module,
+    optimizer: AdamW,  # over its parameters
     state: bool,  # with what AdamW remembers?
 ) -> dict[str, Tensor]:  # of their shapes and types
     "What `collect` returns; without AdamW's state, before its first step"
@@ -451,8 +443,8 @@ def check_tensors(
 
 # %% ../nbs/W4_checkpoint.ipynb #bdb388ff
 def restore(
-    model: torch.nn.Module,  # of the same sizes as the one collected
-    optimizer: torch.optim.Optimizer,  # over the same parameters
+    model: nn.Module,  # of the same sizes as the one collected
+    optimizer: AdamW,  # over the same parameters
     tensors: dict[str, Tensor],  # what `collect` returned, perhaps more
 ) -> None:
     """Put collected tensors back into a model and its optimiser

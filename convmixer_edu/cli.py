@@ -264,7 +264,7 @@ def _source(run, began):
     if began == "digits":
         return began
     if began != DEFAULT_SOURCE and (hub or Path(began).is_dir()):
-        if _is_first():  # who knows who wrote that
+        if _FIRST:  # who knows who wrote that
             _say(f"images from {began}, as {run} says; --data takes others")
         return began
     _refuse((began != DEFAULT_SOURCE and "CONVMIXER_DATA" not in os.environ,
@@ -273,9 +273,7 @@ def _source(run, began):
     return resolve_source()
 
 
-def _is_first():
-    "Whether this is the first of torchrun's processes, or the only one"
-    return os.environ.get("RANK", "0") == "0"
+_FIRST = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
 
 # %% ../nbs/W13_command_line.ipynb #679a6a71
 def _recipe(run, preset, settings, finetune):
@@ -349,7 +347,7 @@ def train_command(
             *([Trace(out / "trace.json")] if profile else []))
         record = train(config, source, out, resume, device, report, mirror,
                        first)
-    if _is_first():
+    if _FIRST:
         _answer({"run": str(out), **record}, as_json, _show_run)
 
 # %% ../nbs/W13_command_line.ipynb #4155f34b

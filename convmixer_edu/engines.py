@@ -9,66 +9,18 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, default_convert
 from torchvision import transforms
+from torchvision.transforms.functional import to_pil_image
 
 from .augment import Augment, Kernels
 from .checkpoint import keyed_generator
 from .data import ImageSet, expect
 from .distributed import own_rows
 
-# %% ../nbs/W3_engines.ipynb #send0001
-class _Packing:
-    "How the draws of a step travel: all of them in one buffer."
-
-    def _draw(self, count, g):
-        "All draws of a step, for the whole batch."
-        return self.kernels.draw_last(count, g)
-
-    def pack(
-        self,
-        epoch: int,  # counted from 0
-        step: int,  # of the epoch
-        index: Tensor,  # int64 (B,): the images of the whole batch
-    ) -> Tensor:  # float32 (K, b) on the CPU, pinned for a GPU; b: own rows
-        "All that a step needs to know, in one buffer."
-        g = keyed_generator(self.seed, 2, epoch, step)
-        own = np.from_dlpack(own_rows(len(index), self.rank, self.world))
-        parts = self._draw(len(index), g)
-        parts["index"] = np.from_dlpack(index)[None]
-        packed = torch.empty(sum(self.sizes.values()), len(own),
-                             dtype=torch.float32,
-                             pin_memory=self.device.type == "cuda")
-        start, numbers = 0, packed.numpy()
-        for name, size in self.sizes.items():
-            place, part = numbers[start:start + size], parts[name]
-            if name in _BY_IMAGE:
-                place.reshape(len(own), size)[:] = part[own]
-            else:
-                place[:] = part[:, own]
-            start += size
-        return packed
-
-    def _unpack(self, packed):
-        "The buffer's parts by name, and the images' places in the data."
-        parts = packed.view(*packed.shape, 1, 1).split_with_sizes(
-            tuple(self.sizes.values()))
-        parts = dict(zip(self.sizes, parts))
-        for name in _BY_IMAGE & parts.keys():
-            parts[name] = parts[name].view(packed.shape[1], -1)
-        return parts, parts["index"].view(-1).long()
-
-    def _send(self, tensor):
-        "To the device, without waiting for it."
-        return tensor.to(self.device, non_blocking=True)
-
-
-_BY_IMAGE = {"crop", "noise"}  # a row an image; all others, a column
-
 # %% ../nbs/W3_engines.ipynb #3ff6be36
-class Engine(_Packing):
+class Engine:
     "From an image set in memory to what the model sees, step by step."
 
     def __init__(
@@ -87,34 +39,43 @@ class Engine(_Packing):
                "at most 2**24, which float32 can count")
         if augment.randaug_policy == "timm" and not augment.fill:
             augment = replace(augment, fill=tuple(mean))
-        self.augment, self.mean, self.std = augment, mean, std
-        self.seed, self.rank, self.world = seed, rank, world
-        self.device, self.data = torch.device(device), data
-        self.workers = workers
+        self.data, self.seed, self.device = data, seed, torch.device(device)
         self.labels = data.labels.to(self.device)
-        self.kernels = Kernels(augment, data.images.shape[1:], mean, std,
+        self.own = lambda count: own_rows(count, rank, world)
+        self._prepare(augment, mean, workers)  # says what is left to draw
+        self.kernels = Kernels(self.drawn, data.images.shape[1:], mean, std,
                                len(data.classes), device)
-        sample = self._draw(2, torch.Generator())
-        self.sizes = {"index": 1} | {name: part.size // 2  # an image
-                                     for name, part in sample.items()}
-        self._prepare()
+
+    def pack(
+        self,
+        epoch: int,  # counted from 0
+        step: int,  # of the epoch
+        index: Tensor,  # int64 (B,): the images of the whole batch
+    ) -> Tensor:  # float32 (K, b) on the CPU, pinned for a GPU; b: own rows
+        "All that a step needs to know, in one buffer."
+        return self.kernels.pack(
+            len(index), keyed_generator(self.seed, 2, epoch, step),
+            np.from_dlpack(index), np.from_dlpack(self.own(len(index))))
+
+    def _send(self, tensor):
+        "To the device, without waiting for it."
+        return tensor.to(self.device, non_blocking=True)
 
 # %% ../nbs/W3_engines.ipynb #e2e3e63e
 class Batched(Engine):
     "The images stay on the device and whole batches are changed there."
 
-    def _prepare(self):
+    def _prepare(self, augment, *_):
         self.images = self.data.images.flatten(1, 2).to(self.device)
-
-    def _draw(self, count, g):
-        return self.kernels.draw(count, g) | super()._draw(count, g)
+        self.drawn = augment
 
     def make(
         self,
         packed: Tensor,  # float32 (K, b), from `pack`, on the device
     ) -> tuple[Tensor, Tensor]:  # (b, C, H, W) floats and targets (b, n)
         "A step's batch: the same kernels for any draws, nothing asked back."
-        parts, at = self._unpack(packed)
+        parts = self.kernels.unpack(packed)
+        at = parts["index"].view(-1).long()
         f = self.kernels.change(self.images.index_select(0, at), parts)
         return self.kernels.finish(f, self.labels.index_select(0, at), parts)
 
@@ -166,10 +127,8 @@ def pil_transform(
 class _Pictures:
     "The images as a data set whose items are named (epoch, index)."
 
-    def __init__(self, engine):
-        self.images, self.seed = engine.data.images, engine.seed
-        self.make = pil_transform(engine.augment, self.images.shape[2:],
-                                  engine.mean)
+    def __init__(self, images, seed, make):
+        self.images, self.seed, self.make = images, seed, make
 
     def __len__(self):
         return len(self.images)
@@ -190,37 +149,40 @@ class _Pictures:
         random.seed(number)
         np.random.seed(number % 2**32)
         torch.default_generator.manual_seed(number)
-        pixels = self.images[index]
-        pixels = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
-        return self.make(Image.fromarray(pixels.numpy()))
+        return self.make(to_pil_image(self.images[index]))
 
 # %% ../nbs/W3_engines.ipynb #ea886ebc
 class Timm(Engine):
     "timm's Pillow pipeline, run by worker processes: the paper's own way."
 
-    def _prepare(self):
+    def _prepare(self, augment, mean, workers):
+        images = self.data.images
+        self.drawn = replace(augment, crop_scale=1, flip=False, randaug_n=0,
+                             jitter=0)  # timm does these
         self.names = []  # of the batches to come; the loader reads it anew
         self.loader = DataLoader(
-            _Pictures(self), batch_sampler=self.names,
-            num_workers=self.workers, collate_fn=default_convert,
+            _Pictures(images, self.seed,
+                      pil_transform(augment, images.shape[2:], mean)),
+            batch_sampler=self.names, num_workers=workers,
+            collate_fn=default_convert, generator=torch.Generator(),
             pin_memory=self.device.type == "cuda",
-            persistent_workers=self.workers > 0,
-            generator=torch.Generator())
+            persistent_workers=workers > 0)
 
     def batches(self, epoch, steps):
         """As `Batched.batches`; one loop at a time.
 
         Mixing and erasing happen on the device, by the same functions."""
         steps = list(steps)
-        own = [index[own_rows(len(index), self.rank, self.world)]
-               for _, index in steps]
-        self.names[:] = [[(epoch, i) for i in rows.tolist()] for rows in own]
+        self.names[:] = [[(epoch, i) for i in
+                          index[self.own(len(index))].tolist()]
+                         for _, index in steps]
         for (step, index), images in zip(steps, self.loader):
-            packed = self._send(self.pack(epoch, step, index))
-            parts, at = self._unpack(packed)
+            parts = self.kernels.unpack(self._send(
+                self.pack(epoch, step, index)))
+            labels = self.labels.index_select(
+                0, parts["index"].view(-1).long())
             f = self._send(images).float().flatten(2)
-            yield self.kernels.finish(f, self.labels.index_select(0, at),
-                                      parts)
+            yield self.kernels.finish(f, labels, parts)
 
 # %% ../nbs/W3_engines.ipynb #8ff12948
 ENGINES = {"batched": Batched, "timm": Timm}

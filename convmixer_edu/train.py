@@ -94,20 +94,21 @@ class Run:
                  out: Path | None = None, held=None, mirror=None, report=None):
         self.c, self.data, self.held, self.device = c, data, held, device
         self.facts, self.out, self.mirror = facts, out, mirror
+        self.world, self.images = world(), len(data)
         self.report = report if report and is_main() else lambda event: None
         self.stats = Statistics(tuple(facts["mean"]), tuple(facts["std"]))
         self.choice = RunSettings(**facts["choice"])
         self.dtype = getattr(torch, self.choice.dtype)
         self.engine = make_engine(c.engine, data, augmentation(c),
                                   self.stats.mean, self.stats.std, c.seed,
-                                  device, c.workers, rank(), world())
+                                  device, c.workers, rank(), self.world)
         self.model = build_model(c, data, device, facts["depthwise"],
                                  self.choice)
         self.whole = parallel(self.model)  # with the other processes
         self.optimizer = make_optimizer(self.model, c)
         self.scaler = make_scaler(device, self.dtype)
-        self.batch = min(c.batch_size, len(data))
-        self.steps = steps_per_epoch(len(data), c.batch_size)
+        self.batch = min(c.batch_size, self.images)
+        self.steps = steps_per_epoch(self.images, c.batch_size)
         self.total = c.epochs * self.steps
         self.machine = who_ran(device, self.dtype)
         self.parts, self.metrics = [], []  # one for each machine, each epoch
@@ -116,7 +117,7 @@ class Run:
         self.loss_sum = torch.zeros((), dtype=exact, device=device)
         self.waiting = []  # losses on their way from the GPU
         self.given, self.step = self.engine.batches, self._step
-        if device.type == "cuda" and world() == 1 and (
+        if device.type == "cuda" and self.world == 1 and (
                 c.engine == "batched" and not self.scaler.is_enabled()):
             self.given = lambda epoch, picked: (
                 (self.engine.pack(epoch, *pick),) for pick in picked)
@@ -142,7 +143,7 @@ class Run:
 
     def save(self):
         "Write a checkpoint of where the run is"
-        loss_sum = all_sum(self.loss_sum.clone()) / world()
+        loss_sum = all_sum(self.loss_sum.clone()) / self.world
         if is_main():
             tensors = collect(self.model, self.optimizer)
             tensors["loop.loss_sum"] = loss_sum.cpu().double()
@@ -196,7 +197,8 @@ class Run:
                 (0 <= step <= self.total, f"is of step {step} of {self.total}"),
                 (file.name == step_file(step),
                  f"is of step {step}, its name says another"),
-                (epochs == [*range(1, step // self.steps + 1)],
+                (len(epochs) == step // self.steps
+                 and epochs == [*range(1, len(epochs) + 1)],
                  f"tells of {len(epochs)} epochs after {step} steps"),
                 (meta["seconds"] >= 0, "took less than no time")):
             ensure(right, f"{file} {words}: expected a checkpoint of the run "
@@ -293,7 +295,7 @@ def _loop(run: Run, stop):
     run.whole.train()
     while run.done < run.total:
         epoch, first = divmod(run.done, run.steps)
-        picked = picks(len(run.data), run.c, epoch, first)
+        picked = picks(run.images, run.c, epoch, first)
         for given in run.given(epoch, picked):
             loss = run.update(given, (run.done + 1) / run.total)
             run.done += 1
@@ -302,7 +304,7 @@ def _loop(run: Run, stop):
             enough = told and _tell(run, loss)
             if run.done % run.steps == 0:
                 _end_epoch(run, epoch)
-            if world() > 1 and not told:
+            if run.world > 1 and not told:
                 continue  # they ask each other now and then, not each time
             stopped = any_of(bool(stop or enough))
             due = time.monotonic() - saved >= run.c.checkpoint_seconds
@@ -341,15 +343,15 @@ def _check_finite(run, loss, done):
 def _is_told(run):
     "Whether the loss of this step is looked at; of an epoch's last always"
     every = max(20 if run.device.type == "cuda" else 1,
-                10 if world() > 1 else 1)
+                10 if run.world > 1 else 1)
     step = (run.done - 1) % run.steps + 1
     return step % every == 0 or step == run.steps
 
 
 def _tell(run: Run, loss):
     "Tell of the losses that have arrived; whether whoever is told says stop"
-    if world() > 1:
-        loss = all_sum(loss.clone()) / world()  # of all processes' images
+    if run.world > 1:
+        loss = all_sum(loss.clone()) / run.world  # of all processes' images
     speed = run.done * run.batch / run.seconds
     run.waiting.append((_later(loss), {
         "event": "step", "epoch": (run.done - 1) // run.steps + 1,
@@ -368,7 +370,7 @@ def _tell(run: Run, loss):
 # %% ../nbs/W6_train.ipynb #b9cdda0c
 def _end_epoch(run: Run, epoch):
     "Note what the epoch gave; look at the held-out images if there are any"
-    loss = float(all_sum(run.loss_sum)) / world() / run.steps
+    loss = float(all_sum(run.loss_sum)) / run.world / run.steps
     run.loss_sum.zero_()
     line = {"epoch": epoch + 1, "loss": loss,
             "lr": float(run.optimizer.param_groups[0]["lr"]),
@@ -445,22 +447,27 @@ def _check_torch():
             ("default dtype", torch.get_default_dtype(), torch.float32),
             ("default device", torch.get_default_device().type, "cpu"),
             ("grad mode", torch.is_grad_enabled(), True)):
-        expect(now == usual, f"torch's {what} was set to {now}",
-               f"{usual}: set it back before training")
+        if now != usual:
+            raise ValueError(f"torch's {what} was set to {now}, expected "
+                             f"{usual}: set it back before training")
 
 
 def _check_data(c, data, test):
     "What must be true of the data before anything is built"
-    (height, width), p = data.images.shape[2:], c.patch_size
-    batch, share = min(c.batch_size, len(data)), 2 * world()
-    expect(data.classes == test.classes,
-           f"train and test have different classes: {', '.join(data.classes)} "
-           f"and {', '.join(test.classes)}", "the same in both")
-    expect(min(height, width) >= p, f"patch_size is {p}, larger than the "
-           f"images ({height} x {width})", "at most their side")
-    expect(world() == 1 or batch % share == 0, f"a batch of {batch} images "
-           f"cannot be shared by {world()} processes in pairs",
-           f"a batch_size that {share} divides")
+    side, share = min(data.images.shape[2:]), 2 * world()
+    batch = min(c.batch_size, len(data))
+    for right, words in (
+            (data.classes == test.classes, "train and test have different "
+             f"classes: {', '.join(data.classes)} and "
+             f"{', '.join(test.classes)}, expected the same in both"),
+            (side >= c.patch_size, f"patch_size is {c.patch_size}, larger "
+             "than the images ({2} x {3}), expected at most their side".format(
+                 *data.images.shape)),
+            (share == 2 or batch % share == 0, f"a batch of {batch} images "
+             f"cannot be shared by {share // 2} processes in pairs, expected "
+             f"a batch_size that {share} divides")):
+        if not right:
+            raise ValueError(words)
 
 # %% ../nbs/W6_train.ipynb #7b5b3d7a
 def _claim(out, mirror, resume, until_the_end):
@@ -469,17 +476,19 @@ def _claim(out, mirror, resume, until_the_end):
         with suppress(OSError):
             folder.rmdir()
 
-    expect(out.is_dir() or not out.exists(), f"{out} is a file",
-           "a folder for the run: choose another name")
     for folder in filter(None, (out, mirror)):
         if not Path(folder).exists():  # if nothing comes of it
             until_the_end.callback(remove_empty, Path(folder))
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file, expected a folder for the run: "
+                         "choose another name")
     out.mkdir(parents=True, exist_ok=True)
-    ensure(until_the_end.enter_context(claimed(out / ".lock")), f"{out} is "
-           "being trained by another process: wait for its end or stop it")
-    ensure(resume or all(f.name[0] == "." for f in out.iterdir()),
-           f"{out} is not empty: go on with resume=True or choose another "
-           "folder")  # .DS_Store is none
+    if not until_the_end.enter_context(claimed(out / ".lock")):
+        raise ValueError(f"{out} is being trained by another process: wait "
+                         "for its end or stop it")
+    if not resume and any(f.name[0] != "." for f in out.iterdir()):
+        raise ValueError(f"{out} is not empty: go on with resume=True or "
+                         "choose another folder")  # .DS_Store is none
     return Mirror(out, mirror, resume) if mirror else None
 
 # %% ../nbs/W6_train.ipynb #7b5b3d7b
@@ -592,7 +601,7 @@ def _finish(run: Run, test):
                          run.model.state_dict(), {
             "kind": "weights", "recipe": recipe_digest(run.facts)})
     seen = run.score(test)
-    few = stratified_index(run.data.labels.cpu(), min(10_000, len(run.data)))
+    few = stratified_index(run.data.labels.cpu(), min(10_000, run.images))
     own = run.score(run.data.subset(few))
     record = {
         "test_accuracy": round(seen["accuracy"], 3),

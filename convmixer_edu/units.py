@@ -698,7 +698,8 @@ def _is_unit(layers, depthwise):
         return False
     conv, act, norm = layers
     if not (isinstance(conv, nn.Conv2d) and type(act) is nn.GELU
-            and type(norm) in (nn.BatchNorm2d, SyncedBatchNorm2d)) or act.approximate != "none":
+            and type(norm) in (nn.BatchNorm2d, SyncedBatchNorm2d)
+            and act.approximate == "none"):
         return False
     h, k = conv.out_channels, conv.kernel_size
     shape = ((conv.groups, conv.padding, conv.stride)

@@ -31,7 +31,9 @@ WORD = re.compile(
 CLAIM = re.compile(r"\[([^\]]+)\]\((?:claims\.ipynb)#([\w-]+)\)")
 FREE = {  # chapter: {number as written: why it need not be computed}
     "01_question": {"95": "quoted from a review, to show where it is wrong", "256": "a width for the reader to try"},
+    "07_imagenet": {"50,000": "the photographs of ImageNet's validation set"},
     "P7_browser": {"sixteen": "four channels at four positions"},
+    "W13_command_line": {"130": "a shell's 128 and the number of the signal, 2", "143": "the same with 15, asked in an exercise"},
     "W1_data": {"17": "scikit-learn's digits hold the values 0 to 16", "255": "the largest value of a byte"},
     "W2_augment": {"ninety": "from the note of the claim setup-crop", "fifteen": "the operations, counted two sections further on"},
     "W3_engines": {"sixteen": "a bicubic look-up has 4 x 4 neighbours", "0.05": "the custom for a chance of error"},
@@ -119,6 +121,12 @@ def wrong_claims(markdown):
         if text != c.text and not told_in_words:
             wrong.append(f"{id} is shown as {text!r}, expected {c.text!r}")
     return wrong
+
+
+def cells(path, kind="code"):
+    """Return the sources of a notebook's cells of one kind."""
+    notebook = json.loads(path.read_text("utf8"))
+    return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == kind]
 
 
 def plain(title):

@@ -23,17 +23,26 @@ from convmixer_edu.augment import (
     POLICIES,
     Augment,
     apply_ops,
-    color_jitter,
     draw_ops,
-    mix,
     normalize,
-    rand_augment,
-    random_erasing,
-    random_flip,
-    random_resized_crop,
 )
 
 FILL = (125, 123, 114)  # grey values
+
+
+def randaug(n, m, spread=0.0, policy="torchvision"):
+    """RandAugment alone."""
+    return Augment(flip=False, randaug_n=n, randaug_m=m, randaug_spread=spread, randaug_policy=policy)
+
+
+def erased(images, p, g=None, mode="pixel"):
+    """Random erasing alone."""
+    return Augment(erase=p, erase_mode=mode).finish(images, torch.zeros(len(images)).long(), 1, g)[0]
+
+
+def mix(images, labels, count, mixup=0.0, cutmix=0.0, smoothing=0.0, generator=None):
+    """Mixing alone."""
+    return Augment(mixup=mixup, cutmix=cutmix, smoothing=smoothing).finish(images, labels, count, generator)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +119,7 @@ def test_operations_of_timm_are_all_there():
 @pytest.mark.parametrize("m", [0, 3, 5, 9, 10])
 def test_timm_arguments(m):
     """The argument that each magnitude means is timm's, for both directions of the coin."""
-    ops, args = draw_ops(4000, m, rng(), policy="timm")
+    ops, args = draw_ops(4000, randaug(1, m, policy="timm"), rng())
     for name in POLICIES["timm"].ranges:
         long = name + ("Rel" if name.startswith("Translate") else "")
         long += "Increasing" if long + "Increasing" in paper.LEVEL_TO_ARG else ""
@@ -118,7 +127,7 @@ def test_timm_arguments(m):
         if level_fn is None:
             continue
         theirs = {round(float(level_fn(m, {})[0]), 5) for _ in range(60)}
-        mine = mine.ceil() if name in ("Posterize", "Solarize") else mine
+        mine = np.ceil(mine) if name in ("Posterize", "Solarize") else mine
         assert {round(v, 5) for v in mine.tolist()} == theirs, name
 
 
@@ -192,54 +201,49 @@ def test_mix_is_timms(tiles, alphas):
 @pytest.mark.parametrize("policy, m, spread", [("timm", 9, 0.5), ("torchvision", 12, 0.0)])
 def test_every_sample_has_its_own_draw(tiles, policy, m, spread):
     same = tiles[11:12].expand(512, -1, -1, -1)
-    out = rand_augment(same, 2, m, rng(), spread, policy)
+    out = randaug(2, m, spread, policy)(same, rng())
     assert len(out.flatten(1).unique(dim=0)) >= 200
 
 
 @pytest.mark.parametrize("policy, m", [("timm", 9), ("torchvision", 12)])
 def test_operations_are_equally_likely(policy, m):
     n, chosen = 30_000, POLICIES[policy]
-    ops, _ = draw_ops(n, m, rng(), policy=policy)
-    seen = torch.bincount(ops, minlength=len(OPS))
+    ops, _ = draw_ops(n, randaug(1, m, policy=policy), rng())
+    seen = np.bincount(ops, minlength=len(OPS))
     share = chosen.prob / len(chosen.ranges)
-    expected = torch.tensor([n * share * (name in chosen.ranges) for name in OPS], dtype=torch.float64)
+    expected = np.array([n * share * (name in chosen.ranges) for name in OPS])
     expected[0] += n * (1 - chosen.prob)
     used = expected > 0
     assert not seen[~used].any()
-    seen, expected = seen[used].numpy(), expected[used].double().numpy()
-    assert chisquare(seen, expected * (n / expected.sum())).pvalue > 1e-3
+    assert chisquare(seen[used], expected[used] * (n / expected.sum())).pvalue > 1e-3
 
 
 def test_directions_and_spread():
-    ops, args = draw_ops(20_000, 9, rng(), 0.5, "timm")
+    ops, args = draw_ops(20_000, randaug(1, 9, 0.5, "timm"), rng())
     turns = args[ops == OPS.index("Rotate")]
-    assert abs((turns > 0).double().mean() - 0.5) < 0.06
-    assert abs(turns.abs().mean() - 27) < 0.3 and abs(turns.abs().std() - 1.5) < 0.3
-    assert turns.abs().max() <= 30  # cut off at the policy's top
+    assert abs((turns > 0).mean() - 0.5) < 0.06
+    assert abs(abs(turns).mean() - 27) < 0.3 and abs(abs(turns).std() - 1.5) < 0.3
+    assert abs(turns).max() <= 30  # cut off at the policy's top
 
 
 FUNCTIONS = {
-    "crop": lambda x, g: random_resized_crop(x, (0.3, 1.0), generator=g),
-    "flip": random_flip,
-    "timm": lambda x, g: rand_augment(x, 2, 9, g, 0.5, "timm"),
-    "torchvision": lambda x, g: rand_augment(x, 2, 12, g),
-    "jitter": lambda x, g: color_jitter(x, 0.2, g),
+    "crop": Augment(0.3, flip=False),
+    "flip": Augment(),
+    "timm": randaug(2, 9, 0.5, "timm"),
+    "torchvision": randaug(2, 12),
+    "jitter": Augment(flip=False, jitter=0.2),
     "all": Augment(0.5, randaug_n=1, randaug_m=8, jitter=0.1),
 }
 
 
-@pytest.mark.parametrize("kind", ["uint8", "float32", "float16"])
 @pytest.mark.parametrize("shape", [(1, 3, 32, 32), (7, 3, 32, 32), (5, 1, 8, 8), (4, 3, 20, 32), (3, 1, 2, 2)])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_shape_type_and_range_stay(name, shape, kind):
+def test_shape_and_type_stay(name, shape):
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=rng())
-    if kind != "uint8":
-        images = (images.float() / 255).to(getattr(torch, kind))
     before = images.clone()
     out = FUNCTIONS[name](images, rng(1))
-    assert out.shape == images.shape and out.dtype == images.dtype
+    assert out.shape == images.shape and out.dtype == torch.uint8
     assert torch.equal(images, before)  # the batch given is left alone
-    assert out.min() >= 0 and out.max() <= (255 if kind == "uint8" else 1)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -256,20 +260,12 @@ def test_only_the_generator_decides(tiles, name):
     assert not torch.equal(run(5, 1), run(6, 1))
 
 
-def test_floats_take_the_same_way_as_bytes(tiles):
-    floats = tiles.float() / 255
-    for name, function in FUNCTIONS.items():
-        off = (function(floats, rng()) * 255 - function(tiles, rng()).float()).abs()
-        # a crop of floats is not rounded, which can tip a threshold of an operation after it
-        assert off.mean() < 1.5 if name == "all" else off.max() <= 1.01, name
-
-
 # ---------------------------------------------------------------- crop and flip
 
 
 def test_crop_is_torchvisions_on_the_same_box(tiles):
     scale, ratio, n = (0.3, 1.0), (3 / 4, 4 / 3), len(tiles)
-    out = random_resized_crop(tiles, scale, ratio, rng(2))
+    out = Augment(0.3, flip=False)(tiles, rng(2))
     g = rng(2)
     h, w, fits = augment._first_fit(scale, ratio, 32, 32, g, n, 0)
     top, left = augment._place(h, 32, g), augment._place(w, 32, g)
@@ -299,13 +295,13 @@ def test_crop_boxes_are_drawn_as_published():
 
 def test_crop_that_never_fits_is_the_largest_centred_one():
     tall = torch.arange(64, dtype=torch.uint8).view(1, 1, 64, 1).expand(2, 1, 64, 4).contiguous()
-    out = random_resized_crop(tall, (0.99, 1.0), (1.0, 1.0), rng())  # only a 4 by 4 square would do
+    out = Augment(0.99, (1.0, 1.0), flip=False)(tall, rng())  # only a 4 by 4 square would do
     assert out.min() >= 30 and out.max() <= 33
 
 
 def test_flip_mirrors_about_half(tiles):
     many = tiles[:1].expand(2000, -1, -1, -1)
-    out = random_flip(many, rng())
+    out = Augment()(many, rng())
     mirrored = (out == many.flip(-1)).flatten(1).all(1)
     assert ((out == many).flatten(1).all(1) ^ mirrored).all()
     assert abs(mirrored.double().mean() - 0.5) < 0.04
@@ -316,7 +312,7 @@ def test_flip_mirrors_about_half(tiles):
 
 def test_jitter_is_torchvisions_range(tiles):
     same = tiles[5:6].expand(400, -1, -1, -1)
-    ours = color_jitter(same, 0.2, rng()).double().mean((1, 2, 3))
+    ours = Augment(flip=False, jitter=0.2)(same, rng()).double().mean((1, 2, 3))
     torch.manual_seed(0)
     theirs = torch.stack([to_tensor(ColorJitter(0.2, 0.2, 0.2)(to_pil(tiles[5]))) for _ in range(400)])
     theirs = theirs.double().mean((1, 2, 3))
@@ -340,13 +336,13 @@ def test_normalize(tiles, dtype):
 
 def test_erasing_boxes_and_noise():
     zeros = torch.zeros(4000, 3, 32, 32)
-    out = random_erasing(zeros, 0.25, rng())
-    erased = (out != 0).all(1)  # (B, H, W)
-    hit = erased.flatten(1).any(1)
+    out = erased(zeros, 0.25, rng())
+    holes = (out != 0).all(1)  # (B, H, W)
+    hit = holes.flatten(1).any(1)
     assert abs(hit.double().mean() - 0.25) < 0.03
     noise = out[(out != 0)]
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
-    for mask in erased[hit][:200]:
+    for mask in holes[hit][:200]:
         rows, cols = mask.any(1), mask.any(0)
         assert torch.equal(mask, rows[:, None] & cols)  # a rectangle
         for line in (rows, cols):
@@ -358,10 +354,10 @@ def test_erasing_boxes_and_noise():
 
 def test_erasing_by_zero_and_extremes():
     ones = torch.ones(50, 1, 8, 8)
-    assert set(random_erasing(ones, 1.0, rng(), "const").unique().tolist()) == {0.0, 1.0}
-    assert torch.equal(random_erasing(ones, 0.0, rng()), ones)
-    assert random_erasing(ones.half(), 1.0, rng()).dtype == torch.float16
-    assert torch.equal(random_erasing(ones, 1.0, rng(4)), random_erasing(ones, 1.0, rng(4)))
+    assert set(erased(ones, 1.0, rng(), "const").unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(erased(ones, 0.0, rng()), ones)
+    assert erased(ones.half(), 1.0, rng()).dtype == torch.float16
+    assert torch.equal(erased(ones, 1.0, rng(4)), erased(ones, 1.0, rng(4)))
 
 
 # ---------------------------------------------------------------- mixup and CutMix
@@ -414,7 +410,7 @@ def test_the_whole_recipe_spreads_like_timms(tiles):
     theirs = torch.stack([transform(to_pil(t)) for t in tiles for _ in range(6)])
     recipe = Augment(0.75, randaug_n=2, randaug_m=9, randaug_spread=0.5, randaug_policy="timm", erase=0.25)
     g = rng()
-    ours = recipe.erasing(normalize(recipe(tiles.repeat_interleave(6, 0), g), mean, std), g)
+    ours, _ = recipe.finish(normalize(recipe(tiles.repeat_interleave(6, 0), g), mean, std), torch.zeros(420).long(), 1, g)
     assert abs(ours.mean() - theirs.mean()) < 0.12 and abs(ours.std() - theirs.std()) < 0.12
 
 
@@ -422,27 +418,23 @@ def test_the_whole_recipe_spreads_like_timms(tiles):
 
 
 BAD = {
-    "shape": (lambda x: random_flip(x[0]), "expected (B, C, H, W)"),
-    "empty": (lambda x: random_flip(x[:0]), "none of them 0"),
-    "type": (lambda x: random_flip(x.int()), "torch.int32"),
-    "scale": (lambda x: random_resized_crop(x, (0.5, 1.2)), "scale is (0.5, 1.2)"),
-    "ratio": (lambda x: random_resized_crop(x, (0.5, 1), (2, 1)), "ratio is (2, 1)"),
-    "policy": (lambda x: rand_augment(x, policy="nope"), "expected one of timm, torchvision"),
-    "m": (lambda x: rand_augment(x, 2, 12, policy="timm"), "m is 12, expected 0 to 10"),
-    "n": (lambda x: rand_augment(x, -1), "n is -1"),
-    "ops": (lambda x: apply_ops(x, torch.zeros(1).long(), torch.zeros(1)), "on the CPU"),
-    "jitter": (lambda x: color_jitter(x, 1.5), "strength is 1.5"),
+    "shape": (lambda x: Augment()(x[0]), "expected (B, C, H, W)"),
+    "empty": (lambda x: Augment()(x[:0]), "none of them 0"),
+    "type": (lambda x: Augment()(x.int()), "images are torch.int32, expected torch.uint8"),
+    "floats": (lambda x: Augment()(x / 255), "images are torch.float32, expected torch.uint8"),
+    "ops": (lambda x: apply_ops(x, torch.zeros(1).long(), torch.zeros(1)), "ops have shape (1,)"),
     "mean": (lambda x: normalize(x, (0.5,), (0.2,)), "expected 3, one a channel"),
     "std": (lambda x: normalize(x, (0.5,) * 3, (0.0,) * 3), "no std of 0"),
-    "erase": (lambda x: random_erasing(x), "normalised floats"),
-    "erase p": (lambda x: random_erasing(x.float(), 2.0), "p is 2.0"),
-    "erase mode": (lambda x: random_erasing(x.float(), mode="x"), "pixel or const"),
-    "mix type": (lambda x: mix(x, torch.zeros(len(x)).long(), 3, 0.5), "expected floats"),
+    "finish": (lambda x: erased(x, 0.25), "normalised floats"),
     "mix labels": (lambda x: mix(x.float(), torch.zeros(2).long(), 3, 0.5), "one an image"),
-    "smoothing": (lambda x: mix(x.float(), torch.zeros(len(x)).long(), 3, smoothing=3), "smoothing is 3"),
-    "Augment": (lambda x: Augment(crop_scale=2.0), "crop_scale is 2.0"),
-    "Augment m": (lambda x: Augment(randaug_n=1, randaug_m=31), "expected 0 to 30"),
-    "Augment mode": (lambda x: Augment(erase_mode="x"), "erase_mode is 'x'"),
+    **{name: (lambda x, name=name, value=value: Augment(**{"randaug_n": 1, name: value}), f"{name} is {value!r}, expected {words}")
+       for name, value, words in [
+           ("crop_scale", 2.0, "a number from 0 to 1"), ("crop_ratio", (2, 1), "0 < low <= high"),
+           ("randaug_policy", "nope", "one of timm, torchvision"), ("randaug_m", 31, "a number from 0 to 30"),
+           ("randaug_n", -1, "a number from 0"), ("jitter", 1.5, "a number from 0 to 1"), ("erase", 2.0, "a number from 0 to 1"),
+           ("erase_mode", "x", "pixel or const"), ("smoothing", 3, "a number from 0 to 1"), ("mixup", -0.1, "a number from 0"),
+           ("cutmix", float("nan"), "a number from 0")]},
+    "m of timm": (lambda x: randaug(2, 12, policy="timm"), "m is 12, expected a number from 0 to 10"),
 }
 
 
@@ -460,13 +452,14 @@ def test_one_clear_sentence(tiles, case):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_waits_for_nothing_and_agrees(tiles):
     on_gpu = tiles.cuda()
-    recipe = Augment(0.5, randaug_n=2, randaug_m=9, randaug_spread=0.5, randaug_policy="timm", jitter=0.2, erase=0.5)
+    recipe = Augment(0.5, randaug_n=2, randaug_m=9, randaug_spread=0.5, randaug_policy="timm", jitter=0.2)
     labels = torch.arange(len(tiles), device="cuda") % 5
+    mixing = Augment(erase=0.5, mixup=0.5, cutmix=0.5, smoothing=0.1)
 
     def run(images, labels):
         g = rng(1)
-        out = recipe.erasing(normalize(recipe(images, g), (0.5,) * 3, (0.2,) * 3), g)
-        return recipe(images, rng(1)), mix(out, labels, 5, 0.5, 0.5, 0.1, g)
+        pixels = recipe(images, g)
+        return pixels, mixing.finish(normalize(pixels, (0.5,) * 3, (0.2,) * 3), labels, 5, g)
 
     run(on_gpu, labels)
     torch.cuda.synchronize()

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torchvision.transforms import ColorJitter
 
 from convmixer_edu import engines
-from convmixer_edu.augment import Augment, mix, normalize
+from convmixer_edu.augment import Augment, normalize
 from convmixer_edu.checkpoint import keyed_generator
 from convmixer_edu.data import ImageSet
 from convmixer_edu.distributed import own_rows
@@ -116,16 +116,13 @@ def test_without_augmentation_pictures_are_normalised(data, name):
         assert torch.equal(y.argmax(1), data.labels[index]) and y.max() == 1
 
 
-def test_batched_is_the_functions_of_chapter_5_in_order(data):
-    """Draws: augment, erase, mix. Applied: augment, mix, normalise, erase, as timm and the authors do."""
+def test_batched_is_the_recipe_in_order(data):
+    """Augment, mix, normalise, erase, as timm and the authors do: mixing normalised pictures is the same."""
     step, index = steps_of(data)[1]
     (x, y), = make("batched", data).batches(3, [(step, index)])
-    g, later = keyed_generator(5, 2, 3, step), torch.Generator()
-    images = replace(PAPER, fill=MEAN)(data.images[index], g).float() / 255
-    later.set_state(g.get_state())
-    PAPER.erasing(images, later)  # only to draw
-    mixed, targets = mix(images, data.labels[index], 4, 0.5, 0.5, 0.1, later)
-    expected = PAPER.erasing(normalize(mixed, MEAN, STD), g)
+    g = keyed_generator(5, 2, 3, step)
+    images = replace(PAPER, fill=MEAN)(data.images[index], g)
+    expected, targets = PAPER.finish(normalize(images, MEAN, STD), data.labels[index], 4, g)
     assert torch.allclose(x, expected, atol=1e-5) and torch.equal(y, targets)
 
 

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from convmixer_edu import speed
-from convmixer_edu.augment import rand_augment
+from convmixer_edu.augment import Augment
 from convmixer_edu.data import load_images
 from convmixer_edu.inference import statistics as image_statistics
 from convmixer_edu.machine import autocast, choose_device, choose_precision, device_name, keep_freed_memory, make_scaler
@@ -234,11 +234,12 @@ def augmentation(data, count=512):
     images = data.images[:count]
     pictures = [picture(i) for i in images]
     generator, pillow = torch.Generator().manual_seed(0), transforms.RandAugment(2, 12)
+    ours = Augment(flip=False, randaug_n=2, randaug_m=12)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         return compare("RandAugment(2, 12), one thread", "images/s", len(images),
-                       lambda: rand_augment(images, 2, 12, generator), lambda: [pillow(p) for p in pictures])
+                       lambda: ours(images, generator), lambda: [pillow(p) for p in pictures])
     finally:
         torch.set_num_threads(threads)
 

@@ -15,7 +15,7 @@ from bs4 import BeautifulSoup
 ROOT = Path(__file__).resolve().parent.parent
 HTML = ROOT / "_build" / "html"
 PARTS = 3  # of the book: the start, the paper, its appendix
-USELESS = "script, form, .headerlink, .exported, figure.live, .live, .tag_cost, button"
+USELESS = "script, form, .headerlink, .exported, figure.live, .live, .tag_cost, button, details.fold, .tag_check"
 STYLE = """<style>html { font-size: 12px } body { display: block } .page { break-before: page } .page h1 { margin-top: 0 }
   figure, table, pre, div.cell_output { break-inside: avoid } nav li { list-style: none } section { max-width: none !important }
   div.cell { overflow: visible } div.cell pre { white-space: pre-wrap } details > summary { break-after: avoid }</style>"""
@@ -53,7 +53,7 @@ def main():
     contents = "".join(f'<li><a href="#{page}">{title}</a></li>' for page, title in zip(pages, titles))
     whole = (f'<!DOCTYPE html><html lang="en" data-theme="light" data-content_root="../"><head><meta charset="utf-8"><title>'
              f'{about["title"]}</title>{"".join(head)}{STYLE}</head><body><article class="bd-article"><h1>{about["title"]}</h1>'
-             f'<p>{about["author"]}. With what can be touched: <a href="{base}">{base}</a></p><nav><ul>{contents}</ul></nav>'
+             f'<p>{about["author"]}. With all the code, and with what can be touched: <a href="{base}">{base}</a></p><nav><ul>{contents}</ul></nav>'
              f'</article>{"".join(texts)}</body></html>')
     page = HTML / "nbs" / "_story.html"  # where what the pages name is found
     page.write_text(whole, "utf8")
