@@ -38,8 +38,8 @@ from .initialize import covariance_init
 from .ledger import check_result
 from .machine import (choose_device, choose_precision,
                                    dtype_name, keep_freed_memory, layout,
-                                   make_scaler, peak_memory_mb, train_step,
-                                   who_ran)
+                                   make_scaler, measured, peak_memory_mb,
+                                   train_step, who_ran)
 from .model import IMAGENET
 from .recipe import (CHOICES, FREE, Config, augmentation,
                                   learning_rate, make_model, make_optimizer,
@@ -559,18 +559,27 @@ def _choose(c, data, device):
         choice = dataclasses.replace(choose(work, device), dtype=choice.dtype)
         method = choice.depthwise
     elif auto:
-        method, _ = choose_method(shape, c.kernel_size, dtype, device,
-                                  layout(c.channels_last))
-    if c.probe and not (auto and device.type == "cuda"):
+        method = measured(
+            ["depthwise", shape, str(choice), c.kernel_size, c.residual,
+             c.norm, c.activation],
+            lambda: _quickest(c, choice, shape, device), device,
+            {word: word for word in CHOICES["depthwise"][1:]}.__getitem__)
+    if c.probe and method != "units" and not (
+            auto and device.type == "cuda"):
         choice = choose(dataclasses.replace(work, depthwise=method), device)
-    if auto and device.type == "cpu" and world() == 1 and (
-            choice.channels_last and not choice.compile):
+    return {"choice": dataclasses.asdict(choice), "depthwise": method}
+
+
+def _quickest(c, choice, shape, device):
+    "Kernels of our own if a block trains faster by them, or another way"
+    dtype = getattr(torch, choice.dtype)
+    if device.type == "cpu" and choice.channels_last and not choice.compile:
         with torch.random.fork_rng(devices=[]):
             one = make_model(dataclasses.replace(c, depth=1), 1, 1)
-        if units_are_faster(fast_depthwise(one, method), shape,
-                            getattr(torch, choice.dtype)):
-            method = "units"  # a block trains fastest by kernels of our own
-    return {"choice": dataclasses.asdict(choice), "depthwise": method}
+        if units_are_faster(one, shape, dtype):
+            return "units"
+    return choose_method(shape, c.kernel_size, dtype, device,
+                         layout(choice.channels_last))[0]
 
 # %% ../nbs/W6_train.ipynb #c2b802c1
 @contextmanager
