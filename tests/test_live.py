@@ -161,6 +161,36 @@ def test_sliders_say_what_the_package_counts():
             assert tab.evaluate("document.activeElement.getAttribute('aria-valuetext')")
 
 
+@needs_browser
+def test_a_position_shows_its_row_of_attention():
+    """The shares are PyTorch's; a click and a key choose the position, and the sentence says whose row it is."""
+    query = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    rows = (query @ query.T / 3**0.5).softmax(1)
+    data = json.dumps({"query": query.tolist(), "colours": [[n, n, n] for n in range(16)]})
+    page = SLIDERS.split("<figure")[0] + f"""<style>canvas {{ width: 400px }}</style><figure class="live-attention" data-positions='{data}'>
+        <p class="live-fallback">as ever</p></figure><script type=module src=live/sliders.js></script></body></html>"""
+    with served(page, run=False) as address, browser_page() as tab:
+        tab.open(address)
+        found = tab.evaluate(f"import('/live/sliders.js').then(m => {query.tolist()}.map((_, i) => m.attend({query.tolist()}, i)))")
+        assert torch.allclose(torch.tensor(found), rows, atol=1e-6)
+        said = "document.querySelector('[role=status]').textContent"
+        sizes = "[...document.querySelectorAll('output')].map(part => part.textContent).join()"
+        assert until(tab, sizes) == "1,2" and tab.evaluate("document.querySelector('.live-fallback').hidden")
+        box = tab.evaluate("(b => [b.left, b.top, b.width, b.height])(document.querySelector('canvas').getBoundingClientRect())")
+        for part, wanted in ((0.3, "3,3"), (0.9, "3,4")):  # on the image, and on its row beside it
+            for kind in ("mousePressed", "mouseReleased"):
+                tab.send("Input.dispatchMouseEvent", type=kind, x=box[0] + part*box[2], y=box[1] + 0.6*box[3], button="left", clickCount=1)
+            assert until(tab, f"{sizes} == '{wanted}' && {said}")
+        order = rows[11].argsort(descending=True)
+        count = int((rows[11][order].cumsum(0) < 0.5).sum()) + 1
+        far = max(((int(n) // 4 - 2)**2 + (int(n) % 4 - 3)**2)**0.5 for n in order[:count])
+        assert tab.evaluate(said) == (f"Half of its attention goes to {count} of 16 positions; the farthest of them is {far:.0f} steps away.")
+        tab.evaluate("document.querySelector('input').focus()")
+        for kind in ("rawKeyDown", "keyUp"):
+            tab.send("Input.dispatchKeyEvent", type=kind, key="ArrowLeft", code="ArrowLeft", windowsVirtualKeyCode=37)
+        assert until(tab, f"{sizes} == '2,4'")
+
+
 ORDER = [{"name": "a", "paper": -3.0, "ours": 1.0}, {"name": "b", "paper": -1.0, "ours": -2.0}, {"name": "c", "paper": 0.5, "ours": 0.0}]
 
 

@@ -1,4 +1,5 @@
-// Figures with sliders: what h, d, k and p make of a network, and a knife that cuts a photograph into patches.
+// Figures with sliders: what h, d, k and p make of a network, a knife that cuts a photograph into patches, and who
+// looks at whom in one layer of attention.
 // Each stands in a <figure> that shows something without a script, too.
 
 const whole = number => Math.round(number).toLocaleString("en")
@@ -79,5 +80,55 @@ function showKnife(figure) {
   photo.decode().then(() => build(figure, { p: 16 }, [["p", "patch, in pixels", [2, 4, 7, 8, 14, 16, 28, 32, 56, 112]]], draw, drawing))
 }
 
+/** What share of its attention position i gives to each, by softmax of the fits; the queries (N, h) are the keys, too */
+export function attend(query, i) {
+  const fits = query.map(key => key.reduce((sum, value, c) => sum + value * query[i][c], 0) / Math.sqrt(query[i].length))
+  const top = Math.max(...fits), parts = fits.map(fit => Math.exp(fit - top)), all = parts.reduce((sum, part) => sum + part, 0)
+  return parts.map(part => part / all)
+}
+
+/** How many positions get half of the attention, those with the largest shares first, and how far the farthest of them is */
+export function reach(shares, i, side) {
+  let sum = 0
+  const order = shares.map((_, n) => n).sort((a, b) => shares[b] - shares[a])
+  const half = order.slice(0, 1 + order.findIndex(n => (sum += shares[n]) >= 0.5))
+  return { count: half.length, far: Math.max(...half.map(n =>
+    Math.hypot(Math.floor(n / side) - Math.floor(i / side), n % side - i % side))) }
+}
+
+function showAttention(figure) {
+  const { query, colours } = JSON.parse(figure.dataset.positions), side = Math.sqrt(query.length), tile = 10, room = side * tile
+  const drawing = Object.assign(document.createElement("canvas"), { width: 2 * room + tile, height: room }), pen = drawing.getContext("2d")
+  Object.assign(pen, { strokeStyle: "white", lineWidth: 2 })
+  drawing.setAttribute("aria-hidden", "true") // the sliders and the sentence say it all
+  const fill = (colour, left, n) => {
+    pen.fillStyle = colour
+    pen.fillRect(left + n % side * tile, Math.floor(n / side) * tile, tile, tile)
+  }
+  const draw = ({ row, column }) => {
+    const i = (row - 1) * side + column - 1, shares = attend(query, i), top = Math.max(...shares), { count, far } = reach(shares, i, side)
+    colours.forEach((colour, n) => fill(`rgb(${colour})`, 0, n))
+    shares.forEach((share, n) => fill(`rgb(${Array(3).fill(255 * share / top)})`, room + tile, n))
+    for (const left of [0, room + tile]) {
+      fill("rgb(230, 102, 0)", left, i)
+      pen.strokeRect(left + i % side * tile, Math.floor(i / side) * tile, tile, tile)
+    }
+    return `Half of its attention goes to ${count} of ${query.length} positions; the farthest of them is ${far.toFixed(0)} steps away.`
+  }
+  const places = range(1, side)
+  build(figure, { row: Math.ceil(side / 4), column: Math.ceil(side / 2) },
+    [["row", "from the top", places], ["column", "from the left", places]], draw, drawing)
+  drawing.onpointerdown = drawing.onpointermove = event => {
+    if (event.type === "pointermove" && (event.buttons !== 1 || event.pointerType !== "mouse")) return
+    const box = drawing.getBoundingClientRect(), x = (event.clientX - box.left) / box.width * drawing.width
+    const wanted = [(event.clientY - box.top) / box.height * room, x > room + tile / 2 ? x - room - tile : x]
+    figure.querySelectorAll("input").forEach((input, n) => {
+      input.value = Math.min(side - 1, Math.max(0, Math.floor(wanted[n] / tile)))
+      input.oninput()
+    })
+  }
+}
+
 for (const figure of document.querySelectorAll("figure.live-anatomy")) showAnatomy(figure)
 for (const figure of document.querySelectorAll("figure.live-knife")) showKnife(figure)
+for (const figure of document.querySelectorAll("figure.live-attention")) showAttention(figure)
