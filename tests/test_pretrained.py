@@ -841,7 +841,7 @@ def test_killed_before_the_first_checkpoint_it_needs_the_weights_again(start, tw
     config, first, _ = start
     train(config, two_photos, "quiet", device="cpu", first=first)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_begin", lambda *args: (_ for _ in ()).throw(Killed))
+        patch.setattr(module.Run, "save", lambda run: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             train(config, two_photos, "run", device="cpu", first=first)
     with pytest.raises(ValueError, match="start is 'convmixer_768_32', but no weights were given"):
