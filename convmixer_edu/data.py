@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_SOURCE', 'CIFAR10_MEAN', 'CIFAR10_STD', 'expect', 'ImageSet', 'stratified_index', 'check_count',
-           'split_holdout', 'picture_suffixes', 'open_image', 'brief', 'read_image', 'resolve_source', 'expand',
+           'split_holdout', 'picture_suffixes', 'brief', 'open_image', 'read_image', 'resolve_source', 'expand',
            'source_kind', 'pick_split', 'tell', 'list_files', 'open_source', 'source_state', 'is_own', 'cache_folder',
            'make_private', 'written_aside', 'load_images', 'book_source']
 
@@ -95,12 +95,10 @@ class ImageSet:
 def _check_labels(labels, count, num_classes):
     "Labels are int64 (N,) below the number of classes."
     shape, dtype = tuple(labels.shape), labels.dtype
-    expect(dtype == torch.int64 and shape == (count,),
-           f"labels are {dtype} of shape {shape}",
-           f"torch.int64 of shape ({count},), one an image")
+    expect(dtype == torch.int64 and shape == (count,), f"labels are {dtype} "
+           f"of shape {shape}", f"torch.int64 of shape ({count},), one an image")
     low, high = labels.aminmax()
-    expect(low >= 0 and high < num_classes,
-           f"labels run from {low} to {high}",
+    expect(low >= 0 and high < num_classes, f"labels run from {low} to {high}",
            f"0 to {num_classes - 1} for {num_classes} classes; -1 marks a "
            "split that was published unlabelled")
 
@@ -108,6 +106,7 @@ def _check_labels(labels, count, num_classes):
 DEFAULT_SOURCE = "uoft-cs/cifar10"
 _REVISIONS = {  # the commit that is read, whatever comes after it
     DEFAULT_SOURCE: "0b2714987fa478483af9968de7c934580d0bb9a2"}
+_REVISION = "refs/convert/parquet"  # of others: the Hub's own copy as tables
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # of the training split, as published
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
@@ -171,11 +170,26 @@ def picture_suffixes() -> set[str]:
             if kind in _RASTER}
 
 
-def _check_regular(file):
-    "A path is that of a file; a pipe or a device might never answer."
-    if isinstance(file, (str, Path)) and os.path.exists(
-            file) and not os.path.isfile(file):
-        raise OSError("it is a folder, a pipe or a device")
+def brief(error) -> str:
+    "Why, in few words: the system's, or another library's first sentence."
+    told = getattr(error, "strerror", None) or str(error).strip()
+    return (told or type(error).__name__).split("\n")[0].split(". ")[0]
+
+
+@contextmanager
+def _reading(file, what):
+    "Only files, no pipes or devices; whatever is wrong becomes a sentence."
+    try:
+        if isinstance(file, (str, Path)) and os.path.exists(
+                file) and not os.path.isfile(file):
+            raise OSError("it is a folder, a pipe or a device")
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {file}") from None
+    except Exception as error:  # each library has its own kinds
+        why = "its bytes are no picture" if isinstance(
+            error, (UnidentifiedImageError, SyntaxError)) else brief(error)
+        raise ValueError(f"{what}: {why}") from None
 
 # %% ../nbs/W1_data.ipynb #961ffd7e
 def _to_rgb(image):
@@ -195,8 +209,7 @@ def _to_rgb(image):
 # %% ../nbs/W1_data.ipynb #0fde6208
 def open_image(file, name, upright=True):
     "A picture as Pillow's 8-bit RGB; raises as `read_image` does."
-    try:
-        _check_regular(file)
+    with _reading(file, f"{name} is not an image that can be read"):
         Image.init()
         known = [kind for kind in _RASTER if kind in Image.OPEN]
         with warnings.catch_warnings():
@@ -205,21 +218,6 @@ def open_image(file, name, upright=True):
                 if upright:  # as the camera noted
                     ImageOps.exif_transpose(image, in_place=True)
                 return _to_rgb(image)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no file {name}") from None
-    except Exception as error:  # each of Pillow's readers has its own kinds
-        told = isinstance(error, (OSError, Warning,
-                                  Image.DecompressionBombError))
-        told = told and not isinstance(error, UnidentifiedImageError)
-        why = brief(error) if told else "its bytes are no picture"
-        raise ValueError(f"{name} is not an image that can be read: "
-                         f"{why}") from None
-
-
-def brief(error) -> str:
-    "Why, in few words: the system's, or another library's first sentence."
-    told = getattr(error, "strerror", None) or str(error).strip()
-    return (told or type(error).__name__).split("\n")[0].split(". ")[0]
 
 # %% ../nbs/W1_data.ipynb #rdim0001
 def read_image(
@@ -267,10 +265,8 @@ def expand(path: str | os.PathLike) -> Path:
 def source_kind(source: str) -> str:
     "'digits', 'folder' or 'hub'; FileNotFoundError when it is none of them."
     folder = expand(source)
-    if source == "digits":
-        return "digits"
-    if folder.is_dir():
-        return "folder"
+    if source == "digits" or folder.is_dir():
+        return "digits" if source == "digits" else "folder"
     expect(not folder.exists(), f"{source} is a file",
            "a folder of images or of parquet files")
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source):
@@ -334,10 +330,9 @@ def _class_files(folder):
             expect(file.is_file() and file.suffix.lower() in known,
                    f"{file} is not an image",
                    "only images in a class folder: move it away")
-        expect(files[entry.name], f"class folder {entry} is empty",
-               "at least one image: fill or remove it")
-    expect(files, f"folder {folder} is empty",
-           "a folder of images for each class")
+    empty = [folder / name for name, inside in files.items() if not inside]
+    expect(files and not empty, f"folder {(empty or [folder])[0]} is empty",
+           "a folder for each class, and at least one image in it")
     return files
 
 # %% ../nbs/W1_data.ipynb #3a6a492f
@@ -363,19 +358,17 @@ def list_files(
         for file in sorted(folder.glob(f"{depth}*.parquet")))
     if tables:
         return {None: pick_split(tables, split, folder), **tables}
-    if alone:
-        return _class_files(pick_split(parts, split, folder) if parts
-                            else folder)
-    test = next((name for name in _TESTS if name in parts), None)
-    expect("train" in parts and test, f"folder {folder} "
+    if alone and not parts:
+        return _class_files(folder)
+    expect(alone or "train" in parts and len(parts) > 1, f"folder {folder} "
            f"{'lacks one of them' if _visible(folder) else 'is empty'}",
            "parquet files, or the folders train and test (or val) with a "
            "folder of images for each class in both")
-    files = _class_files(pick_split({"train": parts["train"],
-                                     test: parts[test]}, split, folder))
-    differ = ", ".join(sorted(inside["train"] ^ inside[test]))
-    expect(not differ, f"the classes of train and test differ in {folder}: "
-           f"only one has {differ}", "the same folders in both")
+    files = _class_files(pick_split(parts, split, folder))
+    differ = set().union(*inside.values()) - set.intersection(*inside.values())
+    expect(alone or not differ, f"the classes of {' and '.join(parts)} "
+           f"differ in {folder}: {', '.join(sorted(differ))}",
+           "the same folders in all of them")
     return files
 
 # %% ../nbs/W1_data.ipynb #files001
@@ -407,13 +400,9 @@ def _by_split(files):
 
 def _read_parquet(file, do):
     "do(the open file); what pyarrow raises becomes one ValueError."
-    try:
-        _check_regular(file)
+    with _reading(file, f"{file} cannot be read as parquet"):
         with open(file, "rb") as opened, ParquetFile(opened) as table:
             return do(table)
-    except Exception as error:  # pyarrow has kinds of its own
-        raise ValueError(f"{file} cannot be read as parquet: "
-                         f"{brief(error)}") from None
 
 # %% ../nbs/W1_data.ipynb #1ece35b6
 class _Table:
@@ -428,11 +417,17 @@ class _Table:
                           for i in range(meta.row_group(group).num_rows)]
         schema = _read_parquet(files[0], lambda table: table.schema_arrow)
         self.picture, label, names = _columns(schema, source)
-        known = [] if names else _values(every, label)
         values = _values(files, label)
-        self.labels, self.classes = _number(values, names, known)
         expect(len(values) == len(self), f"{source} has {len(values)} labels "
                f"for {len(self)} images", "one for each")
+        if names is None:  # a plain column: its values are the classes
+            names = sorted({v for v in _values(every, label)
+                            if isinstance(v, str) or v is not None and v >= 0},
+                           key=lambda v: (isinstance(v, str), v))
+            number = {value: i for i, value in enumerate(names)}
+            values = [number.get(v, -1) for v in values]
+        self.labels = [-1 if v is None else v for v in values]
+        self.classes = tuple(map(str, names))
 
     def __len__(self):
         return len(self.rows)
@@ -446,10 +441,8 @@ class _Table:
             self.piece = piece  # read
         cell, name = self.cells[row].as_py(), f"image {i} of {self.source}"
         content = cell.get("bytes") if isinstance(cell, dict) else cell
-        path = cell.get("path") if isinstance(cell, dict) else None
-        only = f", only the path {str(path)[:200]!r}" if path else ""
         expect(isinstance(content, bytes),  # a stranger's path stays closed
-               f"{name} holds no bytes{only}",
+               f"{name} holds {str(cell)[:200]!r}",
                "the encoded picture itself in the table")
         return name, BytesIO(content)
 
@@ -467,118 +460,78 @@ def _values(files, column):
 
     return [v for file in files for v in _read_parquet(file, read)]
 
-
-def _number(values, names, known):
-    "Labels as numbers, -1 for none, and the classes they count through."
-    if names is None:  # a plain column: its values are the classes
-        known = {v for v in known if isinstance(v, str) or v is not None
-                 and v >= 0}
-        names = sorted(known, key=lambda v: (isinstance(v, str), v))
-        place = {value: i for i, value in enumerate(names)}
-        values = [place.get(v, -1) for v in values]
-    labels = [-1 if v is None else v for v in values]
-    return labels, tuple(map(str, names))
-
 # %% ../nbs/W1_data.ipynb #e670cfce
-def _has_bytes(kind):
-    "Whether a type is a record with a field of bytes, as the Hub has it."
-    return kinds.is_struct(kind) and "bytes" in [f.name for f in kind]
-
-
-_COLUMNS = {  # the note's word for it, its usual names, its types
-    "picture": ("Image", ("image", "img"), (
-        _has_bytes, kinds.is_binary, kinds.is_large_binary)),
-    "label": ("ClassLabel", ("label", "labels"), (
-        kinds.is_integer, kinds.is_string, kinds.is_large_string))}
+_COLUMNS = {  # the note's word for it, its usual names, whether a type fits
+    "picture": ("Image", ("image", "img"), lambda kind: (
+        kinds.is_binary(kind) or kinds.is_large_binary(kind)
+        or kinds.is_struct(kind) and "bytes" in [f.name for f in kind])),
+    "label": ("ClassLabel", ("label", "labels"), lambda kind: (
+        kinds.is_integer(kind) or kinds.is_string(kind)
+        or kinds.is_large_string(kind)))}
 
 
 def _columns(schema, source):
     "The picture column, the label column and the class names, if noted."
-    noted = {}
+    noted, chosen = {}, []
     with suppress(KeyError, TypeError, ValueError, AttributeError):
         note = json.loads((schema.metadata or {})[b"huggingface"])
         noted = {name: f for name, f in note["info"]["features"].items()
                  if isinstance(f, dict)}  # no note, or no such: none
-    picture, label = (_column(schema, noted, source, what)
-                      for what in _COLUMNS)
-    names = noted.get(label, {}).get("names")
-    if not isinstance(names, list) or not kinds.is_integer(
-            schema.types[schema.names.index(label)]):
-        names = None
-    return picture, label, names
-
-# %% ../nbs/W1_data.ipynb #6074d359
-def _column(schema, noted, source, what):
-    "The one column that fits, or the likeliest, and a word about it."
-    tag, usual, types = _COLUMNS[what]
     plain = [kind.value_type if kinds.is_dictionary(kind) else kind
              for kind in schema.types]
-    names = [name for name, kind in zip(schema.names, plain)
-             if any(fits(kind) for fits in types)]
-    names = [name for name in names
-             if noted.get(name, {}).get("_type") == tag] or names
-    expect(names, f"{source} has no {what} column, only "
-           f"{', '.join(schema.names)}",
-           "one of pictures and one of class labels")
-    chosen = next((name for name in usual if name in names), names[0])
-    if len(names) > 1:
-        rest = ", ".join(name for name in names if name != chosen)
-        tell(f"{source}: {what}s are taken from column {chosen}, "
-             f"not from {rest}")
-    return chosen
+    for what, (tag, usual, fits) in _COLUMNS.items():
+        names = [name for name, kind in zip(schema.names, plain)
+                 if fits(kind)]
+        names = [name for name in names
+                 if noted.get(name, {}).get("_type") == tag] or names
+        expect(names, f"{source} has no {what} column, only "
+               f"{', '.join(schema.names)}",
+               "one of pictures and one of class labels")
+        chosen.append(next((name for name in usual if name in names),
+                           names[0]))
+        if len(names) > 1:
+            names.remove(chosen[-1])
+            tell(f"{source}: {what}s are taken from column {chosen[-1]}, "
+                 f"not from {', '.join(names)}")
+    names = noted.get(chosen[1], {}).get("names")
+    whole = kinds.is_integer(schema.types[schema.names.index(chosen[1])])
+    return *chosen, names if whole and isinstance(names, list) else None
 
 # %% ../nbs/W1_data.ipynb #bd47ba8e
 @cache
 def _on_the_hub(source):
-    "(Revision, parquet files) of a dataset; None if the Hub does not answer."
-    try:  # the second: the Hub's own copy of what lies there otherwise
-        for revision in (_REVISIONS.get(source), "refs/convert/parquet"):
-            told = HfApi().dataset_info(source, revision=revision, timeout=3)
-            names = sorted(Path(file.rfilename) for file in told.siblings
-                           if file.rfilename.endswith(".parquet"))
-            if names:
-                break
+    "The parquet files of a dataset; None if the Hub does not answer."
+    try:
+        told = HfApi().dataset_info(source, timeout=3, revision=(
+            _REVISIONS.get(source, _REVISION)))
     except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError):
         raise FileNotFoundError(
             f"{source} is neither a folder here nor a dataset on the "
             "Hugging Face Hub that you may read, as parquet files") from None
     except Exception:  # whatever a network can do
         return None
-    return revision, names
+    return sorted(Path(file.rfilename) for file in told.siblings
+                  if file.rfilename.endswith(".parquet"))
 
 # %% ../nbs/W1_data.ipynb #d0192ff2
-def _fetch(source, revision, files, offline):
-    "The folder of a dataset of the Hub, with these files"
-    try:
-        return Path(snapshot_download(
-            source, repo_type="dataset", revision=revision,
-            allow_patterns=[escape(name.as_posix()) for name in files],
-            local_files_only=offline))
-    except hub.LocalEntryNotFoundError:
-        raise
-    except Exception as error:  # of the network, the disk, the Hub
-        raise ValueError(f"{source} cannot be loaded from the Hugging Face "
-                         f"Hub: {brief(error)}") from None
-
-
 def _from_hub(source, split):
     "The parquet files of a split, fetched from the Hub if need be."
-    online, wanted = _on_the_hub(source), ()
-    revisions = (None, "refs/convert/parquet")  # that may have been fetched
-    if online:
-        revisions = online[:1]
-        wanted = pick_split(_by_split(online[1]), split, source)
-    elif source in _REVISIONS:
-        revisions = (_REVISIONS[source],)
-    for revision in revisions:
-        with suppress(hub.LocalEntryNotFoundError):
-            folder = _fetch(source, revision, wanted, not online)
-            break
-    else:
+    names = _on_the_hub(source)
+    wanted = pick_split(_by_split(names), split, source) if names else ()
+    try:
+        folder = Path(snapshot_download(
+            source, repo_type="dataset",
+            revision=_REVISIONS.get(source, _REVISION),
+            allow_patterns=[escape(name.as_posix()) for name in wanted],
+            local_files_only=names is None))
+    except hub.LocalEntryNotFoundError:
         raise FileNotFoundError(
             f"{source} is no folder here and the Hugging Face Hub cannot be "
             "reached: set CONVMIXER_DATA to a folder with the data, or to "
-            "digits")
+            "digits") from None
+    except Exception as error:  # of the network, the disk, the Hub
+        raise ValueError(f"{source} cannot be loaded from the Hugging Face "
+                         f"Hub: {brief(error)}") from None
     files = pick_split(_by_split(sorted(folder.rglob("*.parquet"))), split,
                        source)
     told = {int(n) for n in re.findall(r"-of-(\d+)\.parquet", repr(files))}
@@ -597,8 +550,7 @@ def open_source(
     if files and None not in files:
         return _Files(files)
     files = files or {None: _from_hub(source, split)}
-    every = [file for several in files.values() for file in several]
-    return _Table(files[None], source, every)
+    return _Table(files[None], source, sum(files.values(), []))
 
 # %% ../nbs/W1_data.ipynb #b02ea67a
 def _decode(pictures, index, size):
@@ -613,7 +565,7 @@ def _decode(pictures, index, size):
         if images is None:
             images = torch.empty(len(index), *picture.shape,
                                  dtype=torch.uint8)
-        (_, h, w), (_, _, h0, w0) = picture.shape, images.shape
+        (h, w), (h0, w0) = picture.shape[1:], images.shape[2:]
         expect((h, w) == (h0, w0), f"{name} is {w}x{h} where the first image "
                f"is {w0}x{h0}", "one size: give size=")
         images[slot] = picture
@@ -641,27 +593,22 @@ def _read_source(source, split, files, size, limit):
 # %% ../nbs/W1_data.ipynb #0540d17e
 def source_state(source: str, files: dict) -> str:
     "What a split looks like now: a digest that changes when it does."
-    digest = hashlib.sha256(  # the 1 is raised when decoding changes
-        ("1" + _REVISIONS.get(source, "")).encode())
-    for several in files.values():
-        for file in several:
-            stat = file.stat()
-            name = file.relative_to(expand(source)).as_posix()
-            digest.update(repr((name, stat.st_size,
-                                stat.st_mtime_ns)).encode())
-    return digest.hexdigest()
+    state = [1, _REVISIONS.get(source, "")]  # 2, when decoding changes
+    for file in sum(files.values(), []):
+        stat = file.stat()
+        state += [file.relative_to(expand(source)).as_posix(), stat.st_size,
+                  stat.st_mtime_ns]
+    return hashlib.sha256(repr(state).encode()).hexdigest()
 
 
 def _cache_file(source, split, size):
     "Where the decoded split is kept."
     folder = cache_folder()
-    if folder is None:
-        return None
     if source_kind(source) == "folder":
         source = str(expand(source).resolve())
     key = hashlib.sha256(repr((source, split, size)).encode()).hexdigest()
     slug = re.sub(r"[^\w.-]+", "-", source)[-40:].strip("-")
-    return folder / f"{slug}-{split}-{key[:12]}.safetensors"
+    return folder and folder / f"{slug}-{split}-{key[:12]}.safetensors"
 
 # %% ../nbs/W1_data.ipynb #own00001
 def is_own(path) -> bool:
@@ -673,18 +620,18 @@ def is_own(path) -> bool:
 
 
 def cache_folder() -> Path | None:
-    """Where decoded images and the like are kept, a folder of one's own.
+    """Where decoded images and the like are kept: $CONVMIXER_CACHE, or
+    ~/.cache/convmixer_edu.
 
-    $CONVMIXER_CACHE, or ~/.cache/convmixer_edu; None without a home, and
-    where the folder is another user's, which is said once.
+    None without a home, and where the folder is another user's, which is
+    said once.
     """
     folder = expand(os.environ.get("CONVMIXER_CACHE")
                     or "~/.cache/convmixer_edu")
-    if not is_own(folder):
-        tell(f"{folder} belongs to another user, so nothing is kept there: "
-             "set CONVMIXER_CACHE to a folder of your own")
-        return None
-    return None if folder.parts[:1] == ("~",) else folder
+    if is_own(folder):
+        return None if folder.parts[:1] == ("~",) else folder
+    tell(f"{folder} belongs to another user, so nothing is kept there: "
+         "set CONVMIXER_CACHE to a folder of your own")
 
 
 def make_private(folder: Path) -> Path:
@@ -724,8 +671,6 @@ def written_aside(
 # %% ../nbs/W1_data.ipynb #5ffa3358
 def _write_cache(file, data, state):
     "Keep a decoded split, if there is a place for it."
-    if file is None:
-        return
     note = {"fingerprint": data.fingerprint, "state": state,
             "classes": json.dumps(data.classes)}
     try:
@@ -741,11 +686,8 @@ def _write_cache(file, data, state):
 
 def _read_cache(file, state):
     "The kept split; None if there is none, it is stale, or it is damaged."
-    if file is None or not file.exists():
-        return None
     try:
-        if not is_own(file):
-            raise ValueError("another user put it there")
+        expect(is_own(file), "another user put it there", "you")
         with safe_open(file, framework="pt") as kept:
             note = kept.metadata()
             if note["state"] != state:
@@ -753,14 +695,13 @@ def _read_cache(file, state):
             data = ImageSet(kept.get_tensor("images"),
                             kept.get_tensor("labels"),
                             tuple(json.loads(note["classes"])))
-        if data.fingerprint != note["fingerprint"]:
-            raise ValueError("its checksum does not match")
+        expect(data.fingerprint == note["fingerprint"],
+               "its checksum does not match", "equal ones")
         return data
     except Exception as error:  # safetensors, json and ours alike
         warnings.warn(f"the cache {file} is damaged or not yours "
                       f"({brief(error)}), so the images are decoded again",
                       stacklevel=3)
-        return None
 
 # %% ../nbs/W1_data.ipynb #8b128b72
 def load_images(
@@ -786,14 +727,14 @@ def load_images(
     if source_kind(source) == "digits":
         data = _digits(split, size)
     else:
-        files, place = list_files(source, split), _cache_file(
+        files, kept = list_files(source, split), _cache_file(
             source, split, size)
         state = source_state(source, files)
-        data = _read_cache(place, state)
-        if data is None:
+        data = kept and kept.exists() and _read_cache(kept, state)
+        if not data:
             data = _read_source(source, split, files, size, limit)
-            if limit is None:
-                _write_cache(place, data, state)
+            if kept and limit is None:
+                _write_cache(kept, data, state)
     if limit is None or limit >= len(data):
         return data
     return data.subset(stratified_index(data.labels, limit))
@@ -806,21 +747,15 @@ def book_source() -> str:
     copy here. Prints a sentence whenever the page runs on digits.
     """
     source, why = resolve_source(), "CONVMIXER_DATA says so"
-    if source_kind(source) == "hub" and not _at_hand(source):
-        source = "digits"
-        why = "CIFAR-10 is not here and the Hugging Face Hub is out of reach"
+    if source_kind(source) == "hub":
+        try:
+            if not _on_the_hub(source):  # was it fetched before?
+                _from_hub(source, "train"), _from_hub(source, "test")
+        except (ValueError, FileNotFoundError):
+            source = "digits"
+            why = ("CIFAR-10 is not here and the Hugging Face Hub is out of "
+                   "reach")
     if source == "digits":
         print("This page runs on scikit-learn's digits, grey images of 8 "
               f"by 8 pixels,\nbecause {why}.")
     return source
-
-
-def _at_hand(source):
-    "Whether a Hub dataset is decoded here, can be fetched, or was."
-    parts = ("train", "test")
-    kept = [_cache_file(source, part, None) for part in parts]
-    with suppress(ValueError, FileNotFoundError):
-        return (all(file and file.exists() for file in kept)
-                or _on_the_hub(source) is not None
-                or all(_from_hub(source, part) for part in parts))
-    return False

@@ -26,6 +26,7 @@ from .machine import (autocast, choose_device, choose_precision,
                                    short_of_memory)
 from .recipe import (Config, make_model, read_setup,
                                   recipe_digest)
+from .units import fast_units
 
 # %% ../nbs/W8_inference.ipynb #d0a244ab
 @dataclass(frozen=True)
@@ -181,8 +182,11 @@ def evaluate(
     expect(channels == info.channels, f"the images have {channels} channels, "
            f"the model wants {info.channels}", "as many")
     device = choose_device(device)
-    return score(model.to(device), data, info.stats,
-                 dtype=choose_precision(device, info.config.precision))
+    model = model.to(device)
+    dtype = choose_precision(device, info.config.precision)
+    if len(data) >= 5000:  # fewer are done before the kernels are built
+        model = fast_units(model, dtype)
+    return score(model, data, info.stats, dtype=dtype)
 
 # %% ../nbs/W8_inference.ipynb #b4809e69
 def predict(

@@ -2,31 +2,26 @@
 
 # %% auto #0
 __all__ = ['VISITS', 'Workload', 'step_flops', 'step_bytes', 'ceilings', 'Roofline', 'roofline', 'RunSettings', 'choices',
-           'CompiledSequential', 'prepare', 'frozen', 'Recorded', 'make_step', 'time_step', 'probe', 'choice_key',
-           'read_choices', 'known', 'choose', 'fastest', 'remember', 'profile_step']
+           'CompiledSequential', 'prepare', 'frozen', 'Recorded', 'make_step', 'time_step', 'probe', 'choose',
+           'fastest', 'profile_step']
 
 # %% ../nbs/P4_speed.ipynb #c5efb5c8
 import contextlib
-import json
 import math
-import statistics
 import time
 import warnings
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from .anatomy import count_macs, count_parameters
-from .checkpoint import CheckpointError, write_json
-from .data import cache_folder, is_own, make_private
 from .depthwise import (can_use, fast_depthwise,
                                      keep_compiled_code_private)
-from .machine import (autocast, device_name, dtype_name, layout,
-                                   make_scaler, profiler, real_dtypes,
-                                   train_step)
+from .machine import (autocast, dtype_name, layout,
+                                   make_scaler, measured, profiler,
+                                   real_dtypes, train_step)
 from .model import ConvMixer
 from .units import fast_units
 
@@ -156,7 +151,7 @@ class RunSettings:
     compile: bool = False
     layout_optimization: bool = True  # may the compiler change the layout?
     dtype: str = "float32"  # or bfloat16, float16
-    images_per_second: float = 0.0  # the median; 0: not measured
+    images_per_second: float = 0.0  # at best; 0: not measured
     reason: str = ""  # why it was not measured
     depthwise: str = ""  # see `fast_depthwise`; "": the workload's
 
@@ -336,20 +331,15 @@ def time_step(
     rounds: int = 5,
     enough: float = math.inf,  # seconds; a slower step is timed only once
 ) -> float:  # seconds
-    """The median time of a step, warmed up first
+    """The time of the fastest of some calls, after some to warm up
 
     Raises `ValueError` for a step whose result is not finite."""
     if not bool(torch.isfinite(step()).all()):
         raise ValueError("the result is not a finite number")
     for _ in range(3 if device.type == "cuda" else 0):
         step()
-    took = [_fastest(step, device, 1)]
-    if took[0] < enough:
-        several = max(1, math.ceil(0.02 / took[0]))
-        took = [statistics.mean(_seconds(step, device)
-                                for _ in range(several))
-                for _ in range(rounds)]
-    return statistics.median(took)
+    once = _fastest(step, device, 1)
+    return once if once >= enough else _fastest(step, device, rounds)
 
 # %% ../nbs/P4_speed.ipynb #2cde7f56
 def probe(
@@ -359,8 +349,9 @@ def probe(
     report=None,  # called with each `RunSettings` as it is timed
 ) -> list[RunSettings]:  # in the order tried
     "Time every setting; one that fails says why, and the next is tried"
-    deadline, timed = time.monotonic() + seconds, []
-    for choice in choices(device):
+    every, timed = choices(device), []
+    deadline = time.monotonic() + seconds
+    for choice in every:
         if time.monotonic() > deadline:
             choice = replace(choice, reason=f"not reached in {seconds:.3g} s")
         else:
@@ -389,56 +380,20 @@ def _timed(work, choice, device, best=0.0):
             torch.cuda.empty_cache()
     return replace(choice, images_per_second=work.batch_size / took)
 
-# %% ../nbs/P4_speed.ipynb #19cb412b
-def choice_key(work: Workload, device: torch.device) -> str:
-    "All that a choice depends on, as text"
-    return json.dumps([device_name(device), torch.__version__,
-                       torch.get_num_threads(), asdict(work)])
-
-
-def _cache_file():
-    "Where choices are kept, beside the decoded images; None: nowhere"
-    folder = cache_folder()
-    return folder and folder / "speed.json"
-
-
-def read_choices(
-    file: Path | None = None,  # another speed.json; None: one's own
-) -> dict[str, RunSettings]:  # by `choice_key`
-    "The choices kept; a damaged file or another user's counts as none"
-    file, ours = file or _cache_file(), file is None
-    if file is None or ours and not is_own(file):
-        return {}
-    try:
-        kept = json.loads(file.read_text())
-        return {key: RunSettings(**fields) for key, fields in kept.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
-
 # %% ../nbs/P4_speed.ipynb #e46b6cb1
-def known(
-    work: Workload,
-    device: torch.device,
-) -> RunSettings | None:
-    "The setting kept for this workload on this machine, if there is one"
-    return read_choices().get(choice_key(work, device))
-
-
 def choose(
     work: Workload,
     device: torch.device,
     seconds: float = 60.0,  # for the probe, where one is needed
     report=None,  # called with each `RunSettings` as it is timed
 ) -> RunSettings:
-    """The fastest setting, from the cache or from a probe
+    """The fastest setting, as measured before, or by a probe
 
-    It is kept in speed.json in $CONVMIXER_CACHE (~/.cache/convmixer_edu by
-    default). Raises `RuntimeError` when no setting works."""
-    if found := known(work, device):
-        return found
-    best = fastest(probe(work, device, seconds, report), device)
-    remember({choice_key(work, device): best})
-    return best
+    Raises `RuntimeError` when no setting works."""
+    return measured(
+        asdict(work),
+        lambda: asdict(fastest(probe(work, device, seconds, report), device)),
+        device, lambda fields: RunSettings(**fields))
 
 
 def fastest(timed: list[RunSettings], device: torch.device) -> RunSettings:
@@ -448,19 +403,6 @@ def fastest(timed: list[RunSettings], device: torch.device) -> RunSettings:
         raise RuntimeError(f"no setting works on {device} ({best.reason}): "
                            "try a smaller batch")
     return best
-
-# %% ../nbs/P4_speed.ipynb #e46b6cb2
-def remember(
-    found: dict[str, RunSettings],  # by `choice_key`; others do no harm
-) -> None:
-    "Let `choose` find settings that were measured here or elsewhere"
-    file = _cache_file()
-    if file is None:
-        return
-    kept = {**read_choices(), **found}  # others may have written meanwhile
-    with contextlib.suppress(OSError, CheckpointError):  # a disk that is full
-        make_private(file.parent)
-        write_json(file, {key: asdict(c) for key, c in kept.items()})
 
 # %% ../nbs/P4_speed.ipynb #69e180be
 def profile_step(

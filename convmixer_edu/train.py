@@ -32,14 +32,14 @@ from .depthwise import choose_method, fast_depthwise
 from .distributed import (all_sum, any_of, from_main, is_main,
                                        parallel, rank, setup, shared,
                                        synchronise_batchnorm, world)
-from .engines import make_engine
+from .loaders import make_loader
 from .inference import Statistics, score, statistics
 from .initialize import covariance_init
 from .ledger import check_result
 from .machine import (choose_device, choose_precision,
                                    dtype_name, keep_freed_memory, layout,
-                                   make_scaler, peak_memory_mb, train_step,
-                                   who_ran)
+                                   make_scaler, measured, peak_memory_mb,
+                                   train_step, who_ran)
 from .model import IMAGENET
 from .recipe import (CHOICES, FREE, Config, augmentation,
                                   learning_rate, make_model, make_optimizer,
@@ -99,7 +99,7 @@ class Run:
         self.stats = Statistics(tuple(facts["mean"]), tuple(facts["std"]))
         self.choice = RunSettings(**facts["choice"])
         self.dtype = getattr(torch, self.choice.dtype)
-        self.engine = make_engine(c.engine, data, augmentation(c),
+        self.loader = make_loader(c.engine, data, augmentation(c),
                                   self.stats.mean, self.stats.std, c.seed,
                                   device, c.workers, rank(), self.world)
         self.model = build_model(c, data, device, facts["depthwise"],
@@ -116,13 +116,13 @@ class Run:
         exact = torch.float32 if device.type == "mps" else torch.float64
         self.loss_sum = torch.zeros((), dtype=exact, device=device)
         self.waiting = []  # losses on their way from the GPU
-        self.given, self.step = self.engine.batches, self._step
+        self.given, self.step = self.loader.batches, self._step
         if device.type == "cuda" and self.world == 1 and (
                 c.engine == "batched" and not self.scaler.is_enabled()):
             self.given = lambda epoch, picked: (
-                (self.engine.pack(epoch, *pick),) for pick in picked)
+                (self.loader.pack(epoch, *pick),) for pick in picked)
             self.step = Recorded(lambda packed: self._step(
-                *self.engine.make(packed)), device)
+                *self.loader.make(packed)), device)
 
     def _step(self, x, y):
         x = x.contiguous(memory_format=layout(self.choice.channels_last))
@@ -559,18 +559,27 @@ def _choose(c, data, device):
         choice = dataclasses.replace(choose(work, device), dtype=choice.dtype)
         method = choice.depthwise
     elif auto:
-        method, _ = choose_method(shape, c.kernel_size, dtype, device,
-                                  layout(c.channels_last))
-    if c.probe and not (auto and device.type == "cuda"):
+        method = measured(
+            ["depthwise", shape, str(choice), c.kernel_size, c.residual,
+             c.norm, c.activation],
+            lambda: _quickest(c, choice, shape, device), device,
+            {word: word for word in CHOICES["depthwise"][1:]}.__getitem__)
+    if c.probe and method != "units" and not (
+            auto and device.type == "cuda"):
         choice = choose(dataclasses.replace(work, depthwise=method), device)
-    if auto and device.type == "cpu" and world() == 1 and (
-            choice.channels_last and not choice.compile):
+    return {"choice": dataclasses.asdict(choice), "depthwise": method}
+
+
+def _quickest(c, choice, shape, device):
+    "Kernels of our own if a block trains faster by them, or another way"
+    dtype = getattr(torch, choice.dtype)
+    if device.type == "cpu" and choice.channels_last and not choice.compile:
         with torch.random.fork_rng(devices=[]):
             one = make_model(dataclasses.replace(c, depth=1), 1, 1)
-        if units_are_faster(fast_depthwise(one, method), shape,
-                            getattr(torch, choice.dtype)):
-            method = "units"  # a block trains fastest by kernels of our own
-    return {"choice": dataclasses.asdict(choice), "depthwise": method}
+        if units_are_faster(one, shape, dtype):
+            return "units"
+    return choose_method(shape, c.kernel_size, dtype, device,
+                         layout(choice.channels_last))[0]
 
 # %% ../nbs/W6_train.ipynb #c2b802c1
 @contextmanager

@@ -743,7 +743,7 @@ def _library(layers, x, depthwise):
     return _kernels(k, conv.out_channels, dtype)[0], dtype
 
 # %% ../nbs/P2_units.ipynb #90a2dea2
-POINTWISE = 3  # any kernel size: these kernels are in all libraries
+POINTWISE = 3  # a kernel size: these kernels are in all libraries
 
 
 def _kernels(k, h, dtype):

@@ -37,7 +37,7 @@ FREE = {  # chapter: {number as written: why it need not be computed}
     "W13_command_line": {"130": "a shell's 128 and the number of the signal, 2", "143": "the same with 15, asked in an exercise"},
     "W1_data": {"17": "scikit-learn's digits hold the values 0 to 16", "255": "the largest value of a byte"},
     "W2_augment": {"ninety": "from the note of the claim setup-crop", "fifteen": "the operations, counted two sections further on"},
-    "W3_engines": {"sixteen": "a bicubic look-up has 4 x 4 neighbours", "0.05": "the custom for a chance of error"},
+    "W3_loaders": {"sixteen": "a bicubic look-up has 4 x 4 neighbours", "0.05": "the custom for a chance of error"},
     "W5_machine": {"million": "a figure of speech", "7.5": "the compute capability of a T4; the code has it as two numbers"},
 }
 

@@ -500,7 +500,7 @@ BROKEN = {  # how to make the source, the words of its error
     "stray file": (pets(lambda root: (root / "train/list.csv").write_text("x")), ["list.csv is a file", "only class folders"]),
     "folder in a class": (pets(lambda root: (root / "train/cat/more").mkdir()), ["more is not an image"]),
     "empty class": (pets(lambda root: (root / "train/ant").mkdir()), ["ant is empty", "at least one image"]),
-    "classes differ": (pets(lambda root: (root / "test/dog").rename(root / "test/wolf")), ["classes of train and test differ", "dog, wolf"]),
+    "classes differ": (pets(lambda root: (root / "test/dog").rename(root / "test/wolf")), ["classes of test and train differ", "dog, wolf"]),
     "no test": (pets(lambda root: shutil.rmtree(root / "test")), ["expected parquet files, or the folders train and test"]),
 }
 

@@ -12,18 +12,12 @@ from conftest import HOUR
 from torch import nn
 
 from convmixer_edu import depthwise
-from convmixer_edu.depthwise import (DepthwiseConv2d, by_compiled_shifts, by_shifts, can_use, choose_method,
-                                     depthwise_conv, fast_depthwise)
+from convmixer_edu.depthwise import (DepthwiseConv2d, by_groups, can_use, choose_method, depthwise_conv,
+                                     fast_depthwise)
 from convmixer_edu.model import ConvMixer
 
 
-METHODS = ("library", "groups", "shifts")  # "triton" has tests of its own
-
-
-@pytest.fixture
-def eager(monkeypatch):
-    """The sum over shifts as it is written: compiling it anew for each shape would take minutes."""
-    monkeypatch.setattr(depthwise, "by_compiled_shifts", by_shifts)
+METHODS = ("library", "groups")  # "triton" has tests of its own
 
 
 def inputs(k, dtype=torch.float32, layout=torch.contiguous_format, size=(3, 8, 7, 6)):
@@ -36,7 +30,7 @@ def inputs(k, dtype=torch.float32, layout=torch.contiguous_format, size=(3, 8, 7
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("k", [1, 2, 3, 8, 9])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_equal_to_the_library(eager, method, k, layout):
+def test_equal_to_the_library(method, k, layout):
     ours, theirs = inputs(k, torch.float64, layout), inputs(k, torch.float64, layout)
     a = depthwise_conv(*ours, method=method)
     b = F.conv2d(*theirs, padding="same", groups=8)
@@ -50,24 +44,12 @@ def test_equal_to_the_library(eager, method, k, layout):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("k", [3, 4])
-def test_double_precision_gradcheck(eager, method, k):
+def test_double_precision_gradcheck(method, k):
     small = inputs(k, torch.float64, size=(2, 3, 5, 4))
     assert torch.autograd.gradcheck(lambda *t: depthwise_conv(*t, method=method), small)
 
 
-def test_every_shape_is_compiled_also_the_tenth(monkeypatch):
-    """torch.compile gives up after eight shapes, and would run the slow form from then on without an error."""
-    compiled = depthwise._compile()
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    for side in range(3, 13):
-        k = 2 + side % 2
-        x, grad = (inputs(seed, layout=torch.channels_last, size=(2, 4, side, 5))[0].detach() for seed in (k, 9))
-        ours, plain = by_compiled_shifts(x, grad, k), by_shifts(x, grad, k)
-        assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-4)
-    assert compiled is depthwise._compile()
-
-
-def test_bfloat16_is_as_good_as_bfloat16_can_be(eager):
+def test_bfloat16_is_as_good_as_bfloat16_can_be():
     x, w, b = inputs(5, torch.bfloat16, torch.channels_last)
     depthwise_conv(x, w, b).float().sum().backward()
     exact = [t.detach().double().requires_grad_() for t in (x, w, b)]
@@ -76,7 +58,7 @@ def test_bfloat16_is_as_good_as_bfloat16_can_be(eager):
     assert (w.grad.double() - exact[1].grad).abs().max() < 0.02 * exact[1].grad.abs().max()
 
 
-def test_autocast_casts_as_the_library_does(eager):
+def test_autocast_casts_as_the_library_does():
     x, w, b = inputs(3)
     with torch.autocast("cpu", torch.bfloat16):
         ours, theirs = depthwise_conv(x, w, b), F.conv2d(x, w, b, padding="same", groups=8)
@@ -85,7 +67,7 @@ def test_autocast_casts_as_the_library_does(eager):
     assert x.grad.dtype == w.grad.dtype == b.grad.dtype == torch.float32
 
 
-def test_it_compiles_without_a_graph_break(eager):
+def test_it_compiles_without_a_graph_break():
     model = fast_depthwise(ConvMixer(8, 2, 3, 2, num_classes=4))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 3, 8, 8)
@@ -121,32 +103,29 @@ def test_wrong_use_says_what_was_wrong():
         depthwise_conv(x[:, :4], w, b)
 
 
-@pytest.mark.parametrize("method", ["groups", "shifts"])
-def test_only_what_is_needed_is_computed(eager, method, monkeypatch):
+def test_only_what_is_needed_is_computed(monkeypatch):
     x, w, b = inputs(3)
     monkeypatch.setattr(depthwise, "weight_gradient", None)  # calling it would raise
-    depthwise_conv(x, w.detach(), b, method=method).sum().backward()
+    depthwise_conv(x, w.detach(), b).sum().backward()
     assert w.grad is None and torch.allclose(b.grad, torch.full((8,), 3 * 7 * 6.))
     monkeypatch.undo()
-    monkeypatch.setattr(depthwise, "by_compiled_shifts", by_shifts)
     monkeypatch.setattr(depthwise, "_input_gradient", None)
-    depthwise_conv(x.detach(), w, None, method=method).sum().backward()
+    depthwise_conv(x.detach(), w, None).sum().backward()
     assert w.grad is not None
 
 
-@pytest.mark.parametrize("method", ["groups", "shifts"])
-def test_the_operator_gives_the_gradients_of_weight_and_bias(eager, method):
+def test_the_operator_gives_the_gradients_of_weight_and_bias():
     x, _, _ = inputs(3)
     up = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
-    weight, bias = depthwise.weight_gradient(x.detach(), up, 3, method)
-    assert torch.allclose(weight, by_shifts(x.detach(), up, 3), atol=1e-4)
+    weight, bias = depthwise.weight_gradient(x.detach(), up, 3, "groups")
+    assert torch.allclose(weight, by_groups(x.detach(), up, 3), atol=1e-4)
     assert torch.allclose(bias, up.sum((0, 2, 3)), atol=1e-4)
-    torch.library.opcheck(depthwise.weight_gradient, (x.detach(), up, 3, method))
+    torch.library.opcheck(depthwise.weight_gradient, (x.detach(), up, 3, "groups"))
 
 
-def test_the_probe_keeps_the_fastest_that_is_right(eager, monkeypatch):
+def test_the_probe_keeps_the_fastest_that_is_right(monkeypatch):
     monkeypatch.setattr(depthwise, "_chosen", {})
-    ticks = {"library": 3.0, "groups": 1.0, "shifts": 2.0}
+    ticks = {"library": 3.0, "groups": 1.0}
     monkeypatch.setattr(depthwise, "_milliseconds", lambda step, device, calls=20: ticks[step.__defaults__[0]])
     shape = (2, 4, 5, 6)
     assert choose_method(shape, 3) == ("groups", ticks)
@@ -156,16 +135,16 @@ def test_the_probe_keeps_the_fastest_that_is_right(eager, monkeypatch):
         "library", "groups"}
 
 
-def test_the_probe_calls_a_hopeless_way_once(eager, monkeypatch):
+def test_the_probe_calls_a_hopeless_way_once(monkeypatch):
     monkeypatch.setattr(depthwise, "_chosen", {})
-    ticks, asked = {"library": 2.0, "groups": 6.1, "shifts": 6.0}, []
+    ticks, asked = {"library": 2.0, "groups": 6.1}, []
 
     def clock(step, device, calls=20):
         asked.append(step.__defaults__[0])
         return ticks[asked[-1]]
     monkeypatch.setattr(depthwise, "_milliseconds", clock)
     assert choose_method((2, 4, 5, 6), 3, rounds=2) == ("library", ticks)
-    assert [asked.count(name) for name in METHODS] == [3, 1, 3]
+    assert [asked.count(name) for name in METHODS] == [3, 1]
 
 
 def test_a_gpu_is_never_asked_for_a_group_per_image_and_channel():
@@ -195,16 +174,19 @@ def test_a_step_is_timed_on_a_gpu_by_its_own_clock(monkeypatch):
     assert depthwise._milliseconds(step, torch.device("cpu")) >= 0 and len(calls) == 26
 
 
-def test_the_probe_drops_what_is_wrong_or_fails(eager, monkeypatch, caplog):
+def test_the_probe_drops_what_is_wrong_or_fails(monkeypatch, caplog):
     monkeypatch.setattr(depthwise, "_chosen", {})
-    monkeypatch.setattr(depthwise, "by_groups", lambda x, g, k: 2 * by_shifts(x, g, k))
+    monkeypatch.setattr(depthwise, "by_groups", lambda x, g, k: 2 * by_groups(x, g, k))
+    name, times = choose_method((2, 4, 5, 6), 3, rounds=1)
+    assert name == "library" and set(times) == {"library"}
 
     def broken(*_):
         raise RuntimeError("no such kernel")
-    monkeypatch.setattr(depthwise, "by_compiled_shifts", broken)
+    monkeypatch.setattr(depthwise, "_chosen", {})
+    monkeypatch.setattr(depthwise, "by_groups", broken)
     name, times = choose_method((2, 4, 5, 6), 3, rounds=1)
     assert name == "library" and set(times) == {"library"}
-    assert "shifts is left out: RuntimeError" in caplog.text
+    assert "groups is left out: RuntimeError" in caplog.text
 
 
 def test_without_triton_the_library_steps_in(monkeypatch):

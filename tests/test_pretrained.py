@@ -634,7 +634,7 @@ def test_a_dataset_on_the_hub_is_a_folder_that_was_fetched(photographs, weights,
         return table
 
     monkeypatch.setattr(data, "snapshot_download", fetch)
-    monkeypatch.setattr(data, "_on_the_hub", lambda source: (None, sorted(map(Path, names))))
+    monkeypatch.setattr(data, "_on_the_hub", lambda source: sorted(map(Path, names)))
     told = evaluate_pretrained("convmixer_1024_20", "owner/imagenet", file=weights, batch_size=4)
     assert same(told, evaluate_pretrained("convmixer_1024_20", photographs, file=weights, batch_size=4))
     assert asked == ["owner/imagenet"]

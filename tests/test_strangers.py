@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT, offline
 from PIL import Image
 
-from convmixer_edu import data, depthwise, pretrained, speed
+from convmixer_edu import data, depthwise, machine, pretrained
 from convmixer_edu.checkpoint import CheckpointError, write_atomically
 from convmixer_edu.data import load_images, picture_suffixes, read_image, written_aside
 from convmixer_edu.inference import find_pictures
@@ -416,11 +416,10 @@ def test_a_folder_of_another_user_is_not_used_and_it_is_said_once(tmp_path, caps
     cache = tmp_path / "cache"
     cache.mkdir()
     os.chown(cache, SOMEBODY, SOMEBODY)
-    work, choice = speed.Workload(8, 1, 3, 4), speed.RunSettings(True)
     for _ in range(2):
         assert load_images(folder).images.unique().tolist() == [255]
-        speed.remember({speed.choice_key(work, torch.device("cpu")): choice})
-        assert speed.known(work, torch.device("cpu")) is None
+        machine.remember({"a question": "an answer"})
+        assert machine.read_answers() == {}
     said = capsys.readouterr().err
     assert said == f"{cache} belongs to another user, so nothing is kept there: set CONVMIXER_CACHE to a folder of your own\n"
     assert not os.listdir(cache)
@@ -428,11 +427,10 @@ def test_a_folder_of_another_user_is_not_used_and_it_is_said_once(tmp_path, caps
 
 @root_only
 def test_settings_and_evaluations_of_another_user_are_not_believed(tmp_path):
-    work, cpu = speed.Workload(8, 1, 3, 4), torch.device("cpu")
-    speed.remember({speed.choice_key(work, cpu): speed.RunSettings(True)})
-    assert speed.known(work, cpu) == speed.RunSettings(True)
+    machine.remember({"a question": "an answer"})
+    assert machine.read_answers() == {"a question": "an answer"}
     os.chown(tmp_path / "cache/speed.json", SOMEBODY, SOMEBODY)
-    assert speed.known(work, cpu) is None
+    assert machine.read_answers() == {}
     note = tmp_path / "cache/evaluations/x.safetensors"
     tally = pretrained.Tally(3, note)
     tally.add(torch.eye(3), torch.arange(3))

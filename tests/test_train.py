@@ -13,7 +13,7 @@ from convmixer_edu import inference, machine, recipe
 from convmixer_edu import train as t
 from convmixer_edu.checkpoint import keyed_generator, read_checkpoint
 from convmixer_edu.data import load_images, stratified_index
-from convmixer_edu.engines import make_engine
+from convmixer_edu.loaders import make_loader
 
 TINY = recipe.Config(dim=8, depth=2, kernel_size=3, patch_size=1, epochs=2, batch_size=64, lr=0.02, limit=300, flip=False,
                      depthwise="library")
@@ -225,8 +225,8 @@ def test_compiled_blocks_train_like_plain_ones(tmp_path):
         model = t.build_model(config, data, torch.device("cpu")).train()
         optimizer = recipe.make_optimizer(model, config)
         scaler = machine.make_scaler(torch.device("cpu"), torch.float32)
-        engine = make_engine("batched", data, recipe.augmentation(config), stats.mean, stats.std)
-        x, y = next(engine.batches(0, [(0, torch.arange(64))]))
+        loader = make_loader("batched", data, recipe.augmentation(config), stats.mean, stats.std)
+        x, y = next(loader.batches(0, [(0, torch.arange(64))]))
         losses.append([float(t.train_step(model, optimizer, scaler, x, y, config.clip, torch.float32)) for _ in range(3)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 

@@ -139,6 +139,7 @@ def measure(work, device, seconds, report=None):
 def settings(options, device, out):
     """The fastest setting for each preset, kept for the trainer too."""
     from convmixer_edu import speed
+    from convmixer_edu.machine import choice_key, read_answers
     if device.type == "cpu":
         quick = [c for c in speed.choices(device) if not c.compile][:2]
         speed.choices = lambda device: [replace(c, depthwise="library") for c in quick]
@@ -148,7 +149,7 @@ def settings(options, device, out):
         if not (right or in_the_book("kernels", device)):  # wrong ones may be fast
             speed.choices = lambda device: [c for c in every if c.depthwise != "triton"]
     for (name, work), share in zip(workloads(options), (0.55, 1)):
-        if (file := out / f"{name}.json").exists() or speed.known(work, device):
+        if (file := out / f"{name}.json").exists() or choice_key(asdict(work), device) in read_answers():
             continue
         seconds = share * (options.end - time.monotonic())
         record = measure(work, device, seconds, lambda c: print(
@@ -161,15 +162,15 @@ def settings(options, device, out):
 
 def remember(out, options, device):
     """Let the trainer find what the part settings measured: in the book's records, or in another call."""
-    from convmixer_edu import speed
+    from convmixer_edu import machine
     from convmixer_edu.ledger import results_folder
     if (file := results_folder() / "gpu" / "choices.json").exists():
-        speed.remember(speed.read_choices(file))
+        machine.remember(machine.read_answers(file))
     for name, work in workloads(options):
         file = out.parent / "settings" / f"{name}.json"
         if file.exists():
-            best = speed.RunSettings(**json.loads(file.read_text())["best"])
-            speed.remember({speed.choice_key(work, device): best})
+            best = json.loads(file.read_text())["best"]
+            machine.remember({machine.choice_key(asdict(work), device): best})
 
 
 def in_the_book(part, device):
@@ -188,7 +189,8 @@ def step(options, device, out):
     import bench
     c = light25(options)
     c = replace(c, randaug_n=0)  # flips alone: the opponents get their images ready made
-    found = bench.opponents(c, device, rounds=5 if device.type == "cuda" else 1)
+    gpu = device.type == "cuda"
+    found = bench.opponents(c, device, rounds=5 if gpu else 1, compiled=gpu)
     write(out / "step.json", {**here(device), "batch": c.batch_size, **found})
     for name, row in found["images_per_second"].items():
         print(f"  {name:34s} {sorted(row)[len(row) // 2]:9,.0f} images/s", flush=True)

@@ -21,7 +21,7 @@ from convmixer_edu.augment import Augment
 from convmixer_edu.checkpoint import write_json
 from convmixer_edu.data import load_images, split_holdout
 from convmixer_edu.depthwise import choose_method, fast_depthwise
-from convmixer_edu.engines import make_engine
+from convmixer_edu.loaders import make_loader
 from convmixer_edu.inference import score, statistics
 from convmixer_edu.isotropic import MLPMixer, ResMLP, ViT
 from convmixer_edu.machine import choose_device, choose_precision, keep_freed_memory, make_scaler, train_step, who_ran
@@ -61,9 +61,9 @@ class Shuffle(nn.Module):
         return x.flatten(2)[:, :, self.pixels].view(x.shape)
 
 
-def batches(engine, c, epoch, first):
+def batches(loader, c, epoch, first):
     """(images, targets) of each step in the rest of an epoch."""
-    yield from engine.batches(epoch, picks(len(engine.data), c, epoch, first))
+    yield from loader.batches(epoch, picks(len(loader.data), c, epoch, first))
 
 
 def fit(build, data, test, lr, seed, seconds, device, shuffle=False, eps=PRESETS["quick"].eps):
@@ -83,16 +83,16 @@ def fit(build, data, test, lr, seed, seconds, device, shuffle=False, eps=PRESETS
         model = nn.Sequential(Shuffle(patch, data.images.shape[-1]), model)
     model.to(device)
     optimizer, scaler = make_optimizer(model, c), make_scaler(device, dtype)
-    engine = make_engine("batched", data, Augment(), stats.mean, stats.std, seed, device)
+    loader = make_loader("batched", data, Augment(), stats.mean, stats.std, seed, device)
     steps, done, spent, history, sums = steps_per_epoch(len(data), c.batch_size), 0, 0.0, [], []
-    batch = next(batches(engine, c, 0, 0))
+    batch = next(batches(loader, c, 0, 0))
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     for _ in range(3):  # the first steps allocate: not part of the race
         train_step(model, optimizer, scaler, *batch, c.clip, dtype)
     model.load_state_dict(before)
     optimizer, started = make_optimizer(model, c), time.monotonic()
     while spent < seconds:
-        for x, y in batches(engine, c, done // steps, done % steps):
+        for x, y in batches(loader, c, done // steps, done % steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(min(1.0, spent / seconds), lr)
             sums.append(train_step(model, optimizer, scaler, x, y, c.clip, dtype))

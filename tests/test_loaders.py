@@ -1,4 +1,4 @@
-"""The two engines: the same recipe, repeatable from anywhere, and nothing that makes a device wait."""
+"""The two loaders: the same recipe, repeatable from anywhere, and nothing that makes a device wait."""
 
 import random
 from dataclasses import replace
@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torchvision.transforms import ColorJitter
 
-from convmixer_edu import engines
+from convmixer_edu import loaders
 from convmixer_edu.augment import Augment, normalize
 from convmixer_edu.checkpoint import keyed_generator
 from convmixer_edu.data import ImageSet
 from convmixer_edu.distributed import own_rows
-from convmixer_edu.engines import ENGINES, Batched, Timm, make_engine, pil_transform
+from convmixer_edu.loaders import LOADERS, Batched, Timm, make_loader, pil_transform
 from convmixer_edu.recipe import PRESETS, augmentation
 
 MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.25, 0.3)
@@ -37,7 +37,7 @@ def data():
 
 
 def make(name, data, augment=PAPER, seed=5, **options):
-    return make_engine(name, data, augment, MEAN, STD, seed, **options)
+    return make_loader(name, data, augment, MEAN, STD, seed, **options)
 
 
 def steps_of(data, size=16, epoch=0):
@@ -50,9 +50,9 @@ def equal(one, other):
 
 
 @pytest.mark.parametrize("recipe", [PAPER, LIGHT, PLAIN], ids=["paper", "light", "plain"])
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", LOADERS)
 def test_any_step_can_be_repeated(data, name, recipe):
-    """A new engine, started in the middle of an epoch that another one went through from its beginning."""
+    """A new loader, started in the middle of an epoch that another one went through from its beginning."""
     steps = steps_of(data)
     whole = list(make(name, data, recipe).batches(2, steps))
     assert len(whole) == len(steps) == 4
@@ -80,27 +80,27 @@ def test_workers_change_nothing(data):
 
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("recipe", [PAPER, LIGHT], ids=["paper", "light"])
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", LOADERS)
 def test_processes_make_their_rows_of_one_batch(data, name, recipe, world, monkeypatch):
     """Together they hold the whole batch, bit for bit, and none makes more than its rows."""
     step, index = 3, torch.randperm(60, generator=keyed_generator(9))[:24]
     (whole, targets), = make(name, data, recipe).batches(1, [(step, index)])
     made = []
-    one = engines._Pictures._one
-    monkeypatch.setattr(engines._Pictures, "_one", lambda self, *key: made.append(key) or one(self, *key))
+    one = loaders._Pictures._one
+    monkeypatch.setattr(loaders._Pictures, "_one", lambda self, *key: made.append(key) or one(self, *key))
     seen = []
     for rank in range(world):
-        engine, rows = make(name, data, recipe, rank=rank, world=world), own_rows(24, rank, world)
+        loader, rows = make(name, data, recipe, rank=rank, world=world), own_rows(24, rank, world)
         assert torch.equal(23 - rows.flip(0), rows)  # partners, mirrored in here too
-        (x, y), = engine.batches(1, [(step, index)])
+        (x, y), = loader.batches(1, [(step, index)])
         assert torch.equal(x, whole[rows]) and torch.equal(y, targets[rows])
-        assert engine.pack(1, step, index).shape[1] == len(x) == 24 // world
+        assert loader.pack(1, step, index).shape[1] == len(x) == 24 // world
         seen.append(rows)
     assert torch.equal(torch.cat(seen).sort().values, torch.arange(24))
     assert len(made) == (24 if name == "timm" else 0)
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", LOADERS)
 def test_the_worlds_random_state_is_left_alone(data, name):
     before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     list(make(name, data, LIGHT).batches(0, steps_of(data)))
@@ -109,7 +109,7 @@ def test_the_worlds_random_state_is_left_alone(data, name):
     assert (np.random.get_state()[1] == before[1]).all() and torch.equal(torch.get_rng_state(), before[2])
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", LOADERS)
 def test_without_augmentation_pictures_are_normalised(data, name):
     for (x, y), (_, index) in zip(make(name, data, PLAIN).batches(0, steps_of(data)), steps_of(data)):
         assert torch.equal(x, normalize(data.images[index], MEAN, STD))
@@ -133,9 +133,9 @@ def test_erasing_comes_after_mixing(data):
     assert (x == 0).all(1).flatten(1).any(1).double().mean() > 0.9
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", LOADERS)
 def test_both_mix_and_erase_by_the_same_draws(data, name):
-    """With nothing to do before, both engines hand over the same batch."""
+    """With nothing to do before, both loaders hand over the same batch."""
     recipe = replace(PLAIN, erase=0.5, mixup=0.8, cutmix=1.0, smoothing=0.1)
     steps = steps_of(data)
     for a, b in zip(make(name, data, recipe).batches(0, steps), make("batched", data, recipe).batches(0, steps)):
@@ -208,12 +208,12 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("preset", ["light25", "light100", "paper200"])
 def test_no_shape_depends_on_the_draws(data, preset):
-    engine = make("batched", data, augmentation(PRESETS[preset]))
+    loader = make("batched", data, augmentation(PRESETS[preset]))
     seen, packed = [], []
     for step in range(5):
-        packed.append(engine.pack(0, step, torch.arange(30)))
+        packed.append(loader.pack(0, step, torch.arange(30)))
         with Recorder() as recorder:
-            engine.make(packed[-1])
+            loader.make(packed[-1])
         seen.append(recorder.calls)
     assert all(calls == seen[0] for calls in seen)
     assert len({(p.shape, p.dtype, p.is_contiguous()) for p in packed}) == 1 and packed[0].dtype == torch.float32
@@ -221,18 +221,18 @@ def test_no_shape_depends_on_the_draws(data, preset):
 
 
 def test_a_step_of_light25_is_few_calls(data):
-    engine = make("batched", data, augmentation(PRESETS["light25"]))
+    loader = make("batched", data, augmentation(PRESETS["light25"]))
     with Recorder() as recorder:
-        next(engine.batches(0, [(0, torch.arange(60))]))
+        next(loader.batches(0, [(0, torch.arange(60))]))
     assert len(recorder.calls) <= 120
 
 
 def test_making_is_a_function_of_the_buffer_alone(data):
-    engine = make("batched", data)
-    first, other = (engine.pack(0, step, torch.arange(20)) for step in (0, 1))
-    before, copy = engine.make(first), first.clone()
-    engine.make(other)
-    assert equal(engine.make(first), before) and torch.equal(first, copy)
+    loader = make("batched", data)
+    first, other = (loader.pack(0, step, torch.arange(20)) for step in (0, 1))
+    before, copy = loader.make(first), first.clone()
+    loader.make(other)
+    assert equal(loader.make(first), before) and torch.equal(first, copy)
 
 
 # ---------------------------------------------------------------- errors
@@ -330,15 +330,15 @@ def test_a_batch_is_made_without_waiting(data, recipe):
     expected = list(Batched(data, many, MEAN, STD, 5).batches(0, steps))
     with NoWaiting() as mode:
         mode.running = False  # the data set is copied once, before the run
-        engine = Batched(data, many, MEAN, STD, 5, device="meta")
+        loader = Batched(data, many, MEAN, STD, 5, device="meta")
         mode.running = True
-        made = [(x.inner, y.inner) for x, y in engine.batches(0, steps)]
+        made = [(x.inner, y.inner) for x, y in loader.batches(0, steps)]
     assert all(equal(a, b) for a, b in zip(made, expected, strict=True))
     assert mode.computed > 100 and mode.copies == len(steps)  # one a step
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", LOADERS)
 def test_cuda_agrees(data, name):
     steps = steps_of(data)
     for a, b in zip(make(name, data).batches(0, steps), make(name, data, device="cuda").batches(0, steps)):
@@ -350,20 +350,20 @@ def test_cuda_agrees(data, name):
 @pytest.mark.parametrize("preset", ["light25", "light100", "paper200"])
 def test_a_cuda_graph_makes_other_steps(data, preset):
     """Recorded with the draws of one step, replayed with another's."""
-    engine = make("batched", data, augmentation(PRESETS[preset]), device="cuda")
-    first, other = (engine.pack(0, step, torch.arange(30)) for step in (0, 1))
+    loader = make("batched", data, augmentation(PRESETS[preset]), device="cuda")
+    first, other = (loader.pack(0, step, torch.arange(30)) for step in (0, 1))
     assert first.is_pinned()
     held, side = first.cuda(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        engine.make(held)  # libraries prepare themselves
+        loader.make(held)  # libraries prepare themselves
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        made = engine.make(held)
+        made = loader.make(held)
     held.copy_(other)
     graph.replay()
-    assert equal(made, engine.make(other.cuda()))
+    assert equal(made, loader.make(other.cuda()))
 
 
 def test_timm_keeps_its_pictures_on_the_cpu(data):
