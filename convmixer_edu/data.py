@@ -96,7 +96,8 @@ def _check_labels(labels, count, num_classes):
     "Labels are int64 (N,) below the number of classes."
     shape, dtype = tuple(labels.shape), labels.dtype
     expect(dtype == torch.int64 and shape == (count,), f"labels are {dtype} "
-           f"of shape {shape}", f"torch.int64 of shape ({count},), one an image")
+           f"of shape {shape}",
+           f"torch.int64 of shape ({count},), one an image")
     low, high = labels.aminmax()
     expect(low >= 0 and high < num_classes, f"labels run from {low} to {high}",
            f"0 to {num_classes - 1} for {num_classes} classes; -1 marks a "

@@ -33,6 +33,7 @@ FREE = {  # chapter: {number as written: why it need not be computed}
     "01_question": {"95": "quoted from a review, to show where it is wrong", "256": "a width for the reader to try"},
     "07_imagenet": {"50,000": "the photographs of ImageNet's validation set"},
     "P7_browser": {"sixteen": "four channels at four positions"},
+    "W6_train": {"forty": "the page's first trainer goes by this name; its lines are counted where it runs"},
     "W13_command_line": {"130": "a shell's 128 and the number of the signal, 2", "143": "the same with 15, asked in an exercise"},
     "W1_data": {"17": "scikit-learn's digits hold the values 0 to 16", "255": "the largest value of a byte"},
     "W2_augment": {"ninety": "from the note of the claim setup-crop", "fifteen": "the operations, counted two sections further on"},
