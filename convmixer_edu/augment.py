@@ -223,9 +223,10 @@ def _many(f, rows, names, nearest, k):
     "n operations an image, one after the other, on levels (B, C, HW)."
     moves, size = names & {*MATRICES}, len(_Numbers._fields)
     count = len(rows) // (size + 6 * bool(moves))
-    numbers = rows[:count * size].unbind()
-    if moves:
-        looks = _looks(rows[count * size:].chunk(3), nearest, k)
+    numbers, *looks = rows.split((count * size, *[2 * count] * bool(
+        moves) * 3))
+    numbers = numbers.unbind()
+    looks = _looks(looks, nearest, k) if moves else None
     b, c, _ = f.shape
     zeros = f.new_zeros(b, c, 256) if "Equalize" in names else None
     bands = "Sharpness" in names and [
@@ -550,11 +551,9 @@ class Kernels:
         parts |= self._draw(count, generator)
         rows = [(part[own] if name in _BY_IMAGE else part[:, own]).ravel()
                 for name, part in parts.items()]
-        packed = torch.empty(sum(self.sizes.values()), len(rows[0]),
-                             dtype=torch.float32,
-                             pin_memory=self.device.type == "cuda")
-        np.concatenate(rows, out=packed.numpy().ravel(), casting="unsafe")
-        return packed
+        numbers = np.concatenate(rows, dtype=np.float32, casting="unsafe")
+        packed = torch.from_numpy(numbers.reshape(-1, len(rows[0])))
+        return packed.pin_memory() if self.device.type == "cuda" else packed
 
     def unpack(self, packed):
         "The parts of a buffer by name."
@@ -571,7 +570,7 @@ class Kernels:
             f = _crop(f.view(-1, *self.shape), parts["crop"]).round()
             f = f.flatten(1, 2)
         if "flip" in parts:
-            f = f.lerp(f.flip(2), parts["flip"].view(-1, 1, 1))
+            f = f.lerp(f.flip(2), parts["flip"])
         f = f.view(-1, self.shape[0], self.k.x.numel())
         if "randaug" in parts:
             f = _many(f, parts["randaug"], self.names, self.policy.nearest,
