@@ -213,6 +213,46 @@ def test_changes_are_put_in_an_order_and_compared():
         assert "paper −3.0, ours +1.0" in tab.evaluate("document.querySelectorAll('.live-order li')[1].textContent")
 
 
+@needs_browser
+def test_draws_of_augmentation_come_one_at_a_time():
+    """The button and the keys step through a part's draws and begin again; the picture beside the sentence is its own."""
+    sheet, file = Image.new("RGB", (30, 20)), io.BytesIO()
+    for place in range(6):  # (row, column): a colour of its own
+        sheet.paste((0, 40 * place, 255), (place % 3 * 10, place // 3 * 10, place % 3 * 10 + 10, place // 3 * 10 + 10))
+    sheet.save(file, "PNG")
+    said = json.dumps({"mixup": ["one half.", "a third."], "erasing": ["a hole.", "a large hole."]})
+    page = SLIDERS.split("<figure")[0] + f"""<style>canvas {{ width: 200px }}</style><figure class="live-draws" data-draws='{said}'>
+        <img class="live-fallback" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}" alt="all draws"></figure>
+        <script type=module src=live/draws.js></script></body></html>"""
+    with served(page, run=False) as address, browser_page() as tab:
+        _, complaints = tab.open(address)
+        sentence = "document.querySelector('[role=status]')?.textContent"
+
+        def shows(said, place):
+            until(tab, f"{sentence} == {json.dumps(said)}")
+            for x, expected in ((5, 3 * (place // 3)), (16, place)):  # left as it is, right the draw
+                pixel = f"[...document.querySelector('canvas').getContext('2d').getImageData({x}, 5, 1, 1).data]"
+                assert tab.evaluate(pixel)[:3] == [0, 40 * expected, 255]
+
+        def press(key, code, **more):
+            for kind in ("keyDown", "keyUp"):
+                tab.send("Input.dispatchKeyEvent", type=kind, key=key, code=key.strip() or "Space", windowsVirtualKeyCode=code, **more)
+
+        shows("mixup, draw 1 of 2. one half.", 1)
+        assert not complaints and tab.evaluate("document.querySelector('.live-fallback').hidden")
+        x, y = tab.evaluate("(b => [b.left + b.width/2, b.top + b.height/2])(document.querySelector('button').getBoundingClientRect())")
+        for kind in ("mousePressed", "mouseReleased"):
+            tab.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+        shows("mixup, draw 2 of 2. a third.", 2)
+        tab.evaluate("document.querySelector('button').focus()")
+        press("Enter", 13, text="\r")
+        shows("mixup, draw 1 of 2. one half.", 1)
+        tab.evaluate("document.querySelector('input').focus()")
+        press("ArrowDown", 40)
+        shows("erasing, draw 1 of 2. a hole.", 4)
+        assert tab.evaluate("document.activeElement.value") == "erasing"
+
+
 TYPED = [("0,5", 1, 0.5), ("0,125", 1, 0.125), ("2,302585", 1, 2.302585), ("1,024", 1, 1024), ("153,600,000", 1, 153600000),
          ("1_000", 1, 1000), ("3/4", 1, 0.75), ("1e-3", 1, 0.001), ("3/0", 1, None), ("_", 1, None), ("1.2.3", 1, None),
          ("50 %", 0.5, 0.5), ("1.73 %", 1.732, 1.73), ("(1/4, 0.5)", [1, 1], [0.25, 0.5]), ("0,6; 0,8", [1, 1], [0.6, 0.8]),
