@@ -1,6 +1,7 @@
 """The network in the page: PyTorch's answers, and a page that works without it, waits for it, loses it, is used by keys."""
 
 import base64
+import html
 import io
 import json
 import time
@@ -267,6 +268,43 @@ def test_an_exercise_reads_what_people_type():
         found = tab.evaluate(f"import('/live/exercise.js').then(e => {cases}.map(([text, like]) => e.parse(text, like)))")
     for (text, _, value), read in zip(TYPED, found, strict=True):
         assert read == (pytest.approx(value) if isinstance(value, (float, list)) else value), text
+
+
+@needs_browser
+@pytest.mark.parametrize("right, wrong, listed", [
+    ("hk", [["hp", "Not p."], ["h", "Two."]], ["h", "hk", "hp"]), (False, [[True, "Look again."]], ["yes", "no"]),
+    (["a", "b"], [[["a"], "One more."], [["b"], "Another."]], ["a", "a, b", "b"])])
+def test_an_answer_is_chosen_where_few_are_known(right, wrong, listed):
+    """By keys: nothing chosen, each known mistake, the right one, which is remembered; a form beside it is its own."""
+    known = html.escape(json.dumps({"right": right, "wrong": wrong, "within": 0, "ok": "Yes.", "other": "No."}))
+    number = html.escape(json.dumps({"right": 2, "wrong": [[3, "Less."]], "within": 0, "ok": "Yes.", "other": "No."}))
+    page = SLIDERS.split("<figure")[0] + f"""<form class="exercise" data-known="{known}">as ever</form><form class="exercise"
+        data-known="{number}">as ever</form><script type=module src=live/exercise.js></script></body></html>"""
+    with served(page, run=False) as address, browser_page() as tab:
+        def press(name, code, **more):
+            for kind in ("keyDown", "keyUp"):
+                tab.send("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=code, **more)
+
+        said = "document.querySelector('form [role=status]').textContent"
+        sentences = {", ".join(m) if isinstance(m, list) else {True: "yes"}.get(m, m): f"Not yet. {s}" for m, s in wrong}
+        tab.open(address)
+        assert until(tab, "[...document.querySelectorAll('form')].map(form => form.elements.length).join()").endswith(",2")
+        assert tab.evaluate("[...document.querySelectorAll('[type=radio]')].map(part => part.value)") == listed
+        tab.evaluate("document.querySelector('form button').focus()")
+        press("Enter", 13, text="\r")
+        assert until(tab, said) == "Not yet. Choose an answer first."
+        tab.evaluate("document.querySelector('[type=radio]').focus()")
+        press(" ", 32, text=" ")
+        for answer in listed:
+            assert until(tab, "document.activeElement.checked && document.activeElement.value") == answer
+            press("Enter", 13, text="\r")
+            assert tab.evaluate(said) == sentences.get(answer, "Right. Yes.")
+            if answer not in sentences:
+                tab.open(address)
+                assert until(tab, f"{said} == 'Right. Yes.' && document.querySelector(':checked').value") == answer
+                tab.evaluate("document.querySelector(':checked').focus()")
+            press("ArrowDown", 40)
+        assert tab.evaluate("document.querySelector('[type=text]').value") == ""
 
 
 def test_each_module_is_short():
