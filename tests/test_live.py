@@ -14,6 +14,7 @@ from conftest import HOUR, ROOT, real_data
 from nbdev_reader import POLICY
 from PIL import Image
 from record_browser import measure, served
+from torch import nn
 
 from convmixer_edu.anatomy import count_macs, count_parameters, receptive_field
 from convmixer_edu.data import load_images
@@ -190,6 +191,51 @@ def test_a_position_shows_its_row_of_attention():
         for kind in ("rawKeyDown", "keyUp"):
             tab.send("Input.dispatchKeyEvent", type=kind, key="ArrowLeft", code="ArrowLeft", windowsVirtualKeyCode=37)
         assert until(tab, f"{sizes} == '2,4'")
+
+
+@needs_browser
+def test_a_poke_moves_what_pytorch_moves():
+    """After each half, with and without the residual: PyTorch's numbers; keys and a click say where and after what."""
+    torch.manual_seed(0)
+    grid, pairs = torch.randn(2, 9, 9, dtype=torch.float64), [
+        (nn.Conv2d(2, 2, 3, groups=2, padding=1, bias=False).double(), nn.Conv2d(2, 2, 1, bias=False).double()) for _ in range(2)]
+    data = {"grid": grid.flatten(1).tolist(), "blocks": [{name: conv.weight.flatten(1).tolist() for name, conv in zip(
+        ("depthwise", "pointwise"), pair, strict=True)} for pair in pairs]}
+    page = SLIDERS.split("<figure")[0] + f"""<style>canvas {{ width: 90px }}</style><figure class="live-poke" data-network='{json.dumps(data)}'>
+        <p class="live-fallback">as ever</p></figure><script type=module src=live/sliders.js></script></body></html>"""
+
+    def steps(now, residual):
+        for spread, mix in pairs:
+            yield (now := nn.functional.gelu(spread(now), approximate="tanh") + residual * now)
+            yield (now := nn.functional.gelu(mix(now), approximate="tanh"))
+
+    def sentence(after, residual, row, column):
+        poked = grid.clone()
+        poked[0, row, column] += 1
+        change = ([*steps(poked, residual)][after] - [*steps(grid, residual)][after]).abs().detach()
+        moved = change.amax(0) > 1e-9
+        return (f"{int(moved.sum())} of 81 positions have moved, in {int((change.flatten(1).amax(1) > 1e-9).sum())} of 2 channels; "
+                f"the poked position by {float(change[:, row, column].amax()):.3f}.")
+
+    with served(page, run=False) as address, browser_page() as tab:
+        tab.open(address)
+        for residual in (True, False):
+            found = tab.evaluate(f"import('/live/sliders.js').then(m => m.halves({json.dumps(data['grid'])}, {json.dumps(data['blocks'])}, "
+                                 f"9, {json.dumps(residual)}))")
+            for ours, theirs in zip(found[1:], steps(grid, residual), strict=True):
+                assert torch.allclose(torch.tensor(ours, dtype=torch.float64), theirs.flatten(1), atol=1e-9)
+        said = "document.querySelector('[role=status]')?.textContent"
+        assert until(tab, said) == sentence(0, True, 4, 4) and "9 of 81 positions have moved, in 1 of 2" in tab.evaluate(said)
+        for slider, key, code, expected in ((2, "ArrowRight", 39, (1, True, 4, 4)), (2, "ArrowRight", 39, (2, True, 4, 4)),
+                                            (3, "ArrowLeft", 37, (2, False, 4, 4)), (0, "ArrowLeft", 37, (2, False, 3, 4))):
+            tab.evaluate(f"document.querySelectorAll('input')[{slider}].focus()")
+            for kind in ("rawKeyDown", "keyUp"):
+                tab.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+            assert until(tab, f"{said} == {json.dumps(sentence(*expected))}"), tab.evaluate(said)
+        box = tab.evaluate("(b => [b.left, b.top, b.width, b.height])(document.querySelector('canvas').getBoundingClientRect())")
+        for kind in ("mousePressed", "mouseReleased"):
+            tab.send("Input.dispatchMouseEvent", type=kind, x=box[0] + 0.05*box[2], y=box[1] + 0.95*box[3], button="left", clickCount=1)
+        assert until(tab, f"{said} == {json.dumps(sentence(2, False, 8, 0))}")
 
 
 ORDER = [{"name": "a", "paper": -3.0, "ours": 1.0}, {"name": "b", "paper": -1.0, "ours": -2.0}, {"name": "c", "paper": 0.5, "ours": 0.0}]
