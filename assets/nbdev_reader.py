@@ -94,6 +94,7 @@ def read(text, digest="", skip=()):
                 last.append(cell)
             elif "check" in tags:
                 cell.metadata["fold"] = "The check"
+                cell.source = re.sub(r"^#@title.*\n", "", cell.source)  # by which Colab hides it
             elif not {"open", "exercise"} & set(tags) and (kind := folded(cell.source, tags)):
                 cell.metadata["fold"] = kind
             if tags:

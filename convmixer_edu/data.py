@@ -178,7 +178,7 @@ def brief(error) -> str:
 
 
 @contextmanager
-def _reading(file, what):
+def _reading(file, what, told=Exception):  # kinds with a good sentence
     "Only files, no pipes or devices; whatever is wrong becomes a sentence."
     try:
         if isinstance(file, (str, Path)) and os.path.exists(
@@ -188,8 +188,9 @@ def _reading(file, what):
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {file}") from None
     except Exception as error:  # each library has its own kinds
-        why = "its bytes are no picture" if isinstance(
-            error, (UnidentifiedImageError, SyntaxError)) else brief(error)
+        good = isinstance(error, told) and not isinstance(
+            error, UnidentifiedImageError)
+        why = brief(error) if good else "its bytes are no picture"
         raise ValueError(f"{what}: {why}") from None
 
 # %% ../nbs/W1_data.ipynb #961ffd7e
@@ -210,7 +211,8 @@ def _to_rgb(image):
 # %% ../nbs/W1_data.ipynb #0fde6208
 def open_image(file, name, upright=True):
     "A picture as Pillow's 8-bit RGB; raises as `read_image` does."
-    with _reading(file, f"{name} is not an image that can be read"):
+    with _reading(file, f"{name} is not an image that can be read", (
+            OSError, Warning, Image.DecompressionBombError)):
         Image.init()
         known = [kind for kind in _RASTER if kind in Image.OPEN]
         with warnings.catch_warnings():

@@ -259,12 +259,14 @@ def test_a_record_is_checked_when_it_is_loaded_and_its_seal_covers_the_command(f
 
 
 def test_records_of_before_are_read_as_they_are():
+    without = set()  # whether the seal leaves out the command, as the first ones do
     for name in ledger.list_records():
         folder = ledger.results_folder() / name
-        assert ledger.check_record(folder)["sha256"] == ledger._seal(folder)
+        without.add(ledger.check_record(folder)["sha256"] == ledger._seal(folder))
         read_setup(folder / "config.json")
         if (folder / "model.safetensors").exists():
             inference.load_run(folder)
+    assert without == {True, False}
 
 
 def test_a_run_begun_before_a_setting_existed_is_loaded_and_goes_on(finished, run, tmp_path):

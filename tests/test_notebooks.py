@@ -91,6 +91,14 @@ def test_form_of_a_chapter(path):
 
 
 @by_name
+def test_answers_are_out_of_sight_in_colab(path):
+    for cell in json.loads(path.read_text("utf8"))["cells"]:
+        if number := re.match(r"#\|\s*check:\s*(\d+)\n", "".join(cell["source"])):
+            assert cell["source"][1] == f'#@title Check exercise {number[1]} {{ display-mode: "form" }}\n'
+            assert cell["metadata"]["cellView"] == "form"
+
+
+@by_name
 def test_nothing_banned(path):
     text = "\n".join(cells(path) + cells(path, "markdown"))
     found = [reason for pattern, reason in BANNED.items() if re.search(pattern, text)]
