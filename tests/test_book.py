@@ -207,8 +207,8 @@ def test_the_first_page_calls_each_page_by_its_title(built):
     assert len(cards) == len(CHAPTERS) - 1
 
 
-MARKS = {"mathjax": ".math", "live/exercise": "form.exercise", "live/order": ".live-order", "sphinx-design": "[class*='sd-']",
-         "live/sliders": ".live-anatomy, .live-knife, .live-attention", "live/live.js": ".live", "copybutton.js": ".highlight"}
+MARKS = {"mathjax": ".math", "live/exercise": "form.exercise", "live/order": ".live-order", "live/draws": ".live-draws", "sphinx-design": "[class*='sd-']",
+         "live/sliders": ".live-anatomy, .live-knife, .live-attention, .live-poke", "live/live.js": ".live", "copybutton.js": ".highlight"}
 
 
 @every_page
@@ -386,7 +386,8 @@ def test_no_rule_of_accessibility_is_broken(site, tab, page):
 
 
 TYPE = """(text => { const form = document.querySelectorAll('form.exercise')[NUMBER]
-    form.querySelector('input').value = text
+    for (const input of form.querySelectorAll('input'))
+      if (input.type === 'radio') input.checked = input.value === text; else input.value = text
     form.querySelector('button').click()
     return [form.dataset.state, form.querySelector('p').textContent] })(TEXT)"""
 
@@ -397,14 +398,14 @@ def test_most_exercises_are_answered_in_the_page(built):
 
 @every_notebook
 def test_exercises_answer_in_the_page(site, tab, page):
-    """Typed: the right answer, each known mistake and nonsense, with the sentences that the notebook has."""
+    """Typed or chosen: the right answer, each known mistake and nonsense, with the sentences that the notebook has."""
     forms = [json.loads(form["data-known"]) for form in soup(page).select("form.exercise")]
     if not forms:
         return
     tab.open(f"{site}{page}.html")
 
     def typed(number, value):
-        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        text = ", ".join(map(str, value)) if isinstance(value, list) else {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
         return tab.evaluate(TYPE.replace("NUMBER", str(number)).replace("TEXT", json.dumps(text)))
 
     for number, known in enumerate(forms):
@@ -413,6 +414,10 @@ def test_exercises_answer_in_the_page(site, tab, page):
             if isinstance(mistake, list) == isinstance(known["right"], list):
                 assert typed(number, mistake) == ["wrong", f"Not yet. {sentence}"], (known, mistake)
         state, sentence = typed(number, "§ nothing §")
-        assert state == "wrong" and ("could not be read" in sentence or known["other"] in sentence)
+        chosen = bool(tab.evaluate(f"document.querySelectorAll('form.exercise')[{number}].querySelectorAll('[type=radio]').length"))
+        assert chosen == isinstance(known["right"], (str, bool)) or chosen and isinstance(known["right"], list)
+        assert state == "wrong" and any(words in sentence for words in (["Choose an answer first."] if chosen else
+                                                                        ["could not be read", known["other"]]))
+        typed(number, known["right"])
     tab.open(f"{site}{page}.html")  # the last answers are remembered
-    assert tab.evaluate("document.querySelector('form.exercise input').value") == "§ nothing §"
+    assert tab.evaluate("[...document.querySelectorAll('form.exercise')].every(form => form.dataset.state === 'right')")

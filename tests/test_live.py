@@ -1,6 +1,7 @@
 """The network in the page: PyTorch's answers, and a page that works without it, waits for it, loses it, is used by keys."""
 
 import base64
+import html
 import io
 import json
 import time
@@ -13,6 +14,7 @@ from conftest import HOUR, ROOT, real_data
 from nbdev_reader import POLICY
 from PIL import Image
 from record_browser import measure, served
+from torch import nn
 
 from convmixer_edu.anatomy import count_macs, count_parameters, receptive_field
 from convmixer_edu.data import load_images
@@ -191,6 +193,51 @@ def test_a_position_shows_its_row_of_attention():
         assert until(tab, f"{sizes} == '2,4'")
 
 
+@needs_browser
+def test_a_poke_moves_what_pytorch_moves():
+    """After each half, with and without the residual: PyTorch's numbers; keys and a click say where and after what."""
+    torch.manual_seed(0)
+    grid, pairs = torch.randn(2, 9, 9, dtype=torch.float64), [
+        (nn.Conv2d(2, 2, 3, groups=2, padding=1, bias=False).double(), nn.Conv2d(2, 2, 1, bias=False).double()) for _ in range(2)]
+    data = {"grid": grid.flatten(1).tolist(), "blocks": [{name: conv.weight.flatten(1).tolist() for name, conv in zip(
+        ("depthwise", "pointwise"), pair, strict=True)} for pair in pairs]}
+    page = SLIDERS.split("<figure")[0] + f"""<style>canvas {{ width: 90px }}</style><figure class="live-poke" data-network='{json.dumps(data)}'>
+        <p class="live-fallback">as ever</p></figure><script type=module src=live/sliders.js></script></body></html>"""
+
+    def steps(now, residual):
+        for spread, mix in pairs:
+            yield (now := nn.functional.gelu(spread(now), approximate="tanh") + residual * now)
+            yield (now := nn.functional.gelu(mix(now), approximate="tanh"))
+
+    def sentence(after, residual, row, column):
+        poked = grid.clone()
+        poked[0, row, column] += 1
+        change = ([*steps(poked, residual)][after] - [*steps(grid, residual)][after]).abs().detach()
+        moved = change.amax(0) > 1e-9
+        return (f"{int(moved.sum())} of 81 positions have moved, in {int((change.flatten(1).amax(1) > 1e-9).sum())} of 2 channels; "
+                f"the poked position by {float(change[:, row, column].amax()):.3f}.")
+
+    with served(page, run=False) as address, browser_page() as tab:
+        tab.open(address)
+        for residual in (True, False):
+            found = tab.evaluate(f"import('/live/sliders.js').then(m => m.halves({json.dumps(data['grid'])}, {json.dumps(data['blocks'])}, "
+                                 f"9, {json.dumps(residual)}))")
+            for ours, theirs in zip(found[1:], steps(grid, residual), strict=True):
+                assert torch.allclose(torch.tensor(ours, dtype=torch.float64), theirs.flatten(1), atol=1e-9)
+        said = "document.querySelector('[role=status]')?.textContent"
+        assert until(tab, said) == sentence(0, True, 4, 4) and "9 of 81 positions have moved, in 1 of 2" in tab.evaluate(said)
+        for slider, key, code, expected in ((2, "ArrowRight", 39, (1, True, 4, 4)), (2, "ArrowRight", 39, (2, True, 4, 4)),
+                                            (3, "ArrowLeft", 37, (2, False, 4, 4)), (0, "ArrowLeft", 37, (2, False, 3, 4))):
+            tab.evaluate(f"document.querySelectorAll('input')[{slider}].focus()")
+            for kind in ("rawKeyDown", "keyUp"):
+                tab.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+            assert until(tab, f"{said} == {json.dumps(sentence(*expected))}"), tab.evaluate(said)
+        box = tab.evaluate("(b => [b.left, b.top, b.width, b.height])(document.querySelector('canvas').getBoundingClientRect())")
+        for kind in ("mousePressed", "mouseReleased"):
+            tab.send("Input.dispatchMouseEvent", type=kind, x=box[0] + 0.05*box[2], y=box[1] + 0.95*box[3], button="left", clickCount=1)
+        assert until(tab, f"{said} == {json.dumps(sentence(2, False, 8, 0))}")
+
+
 ORDER = [{"name": "a", "paper": -3.0, "ours": 1.0}, {"name": "b", "paper": -1.0, "ours": -2.0}, {"name": "c", "paper": 0.5, "ours": 0.0}]
 
 
@@ -213,6 +260,46 @@ def test_changes_are_put_in_an_order_and_compared():
         assert "paper −3.0, ours +1.0" in tab.evaluate("document.querySelectorAll('.live-order li')[1].textContent")
 
 
+@needs_browser
+def test_draws_of_augmentation_come_one_at_a_time():
+    """The button and the keys step through a part's draws and begin again; the picture beside the sentence is its own."""
+    sheet, file = Image.new("RGB", (30, 20)), io.BytesIO()
+    for place in range(6):  # (row, column): a colour of its own
+        sheet.paste((0, 40 * place, 255), (place % 3 * 10, place // 3 * 10, place % 3 * 10 + 10, place // 3 * 10 + 10))
+    sheet.save(file, "PNG")
+    said = json.dumps({"mixup": ["one half.", "a third."], "erasing": ["a hole.", "a large hole."]})
+    page = SLIDERS.split("<figure")[0] + f"""<style>canvas {{ width: 200px }}</style><figure class="live-draws" data-draws='{said}'>
+        <img class="live-fallback" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}" alt="all draws"></figure>
+        <script type=module src=live/draws.js></script></body></html>"""
+    with served(page, run=False) as address, browser_page() as tab:
+        _, complaints = tab.open(address)
+        sentence = "document.querySelector('[role=status]')?.textContent"
+
+        def shows(said, place):
+            until(tab, f"{sentence} == {json.dumps(said)}")
+            for x, expected in ((5, 3 * (place // 3)), (16, place)):  # left as it is, right the draw
+                pixel = f"[...document.querySelector('canvas').getContext('2d').getImageData({x}, 5, 1, 1).data]"
+                assert tab.evaluate(pixel)[:3] == [0, 40 * expected, 255]
+
+        def press(key, code, **more):
+            for kind in ("keyDown", "keyUp"):
+                tab.send("Input.dispatchKeyEvent", type=kind, key=key, code=key.strip() or "Space", windowsVirtualKeyCode=code, **more)
+
+        shows("mixup, draw 1 of 2. one half.", 1)
+        assert not complaints and tab.evaluate("document.querySelector('.live-fallback').hidden")
+        x, y = tab.evaluate("(b => [b.left + b.width/2, b.top + b.height/2])(document.querySelector('button').getBoundingClientRect())")
+        for kind in ("mousePressed", "mouseReleased"):
+            tab.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+        shows("mixup, draw 2 of 2. a third.", 2)
+        tab.evaluate("document.querySelector('button').focus()")
+        press("Enter", 13, text="\r")
+        shows("mixup, draw 1 of 2. one half.", 1)
+        tab.evaluate("document.querySelector('input').focus()")
+        press("ArrowDown", 40)
+        shows("erasing, draw 1 of 2. a hole.", 4)
+        assert tab.evaluate("document.activeElement.value") == "erasing"
+
+
 TYPED = [("0,5", 1, 0.5), ("0,125", 1, 0.125), ("2,302585", 1, 2.302585), ("1,024", 1, 1024), ("153,600,000", 1, 153600000),
          ("1_000", 1, 1000), ("3/4", 1, 0.75), ("1e-3", 1, 0.001), ("3/0", 1, None), ("_", 1, None), ("1.2.3", 1, None),
          ("50 %", 0.5, 0.5), ("1.73 %", 1.732, 1.73), ("(1/4, 0.5)", [1, 1], [0.25, 0.5]), ("0,6; 0,8", [1, 1], [0.6, 0.8]),
@@ -227,6 +314,43 @@ def test_an_exercise_reads_what_people_type():
         found = tab.evaluate(f"import('/live/exercise.js').then(e => {cases}.map(([text, like]) => e.parse(text, like)))")
     for (text, _, value), read in zip(TYPED, found, strict=True):
         assert read == (pytest.approx(value) if isinstance(value, (float, list)) else value), text
+
+
+@needs_browser
+@pytest.mark.parametrize("right, wrong, listed", [
+    ("hk", [["hp", "Not p."], ["h", "Two."]], ["h", "hk", "hp"]), (False, [[True, "Look again."]], ["yes", "no"]),
+    (["a", "b"], [[["a"], "One more."], [["b"], "Another."]], ["a", "a, b", "b"])])
+def test_an_answer_is_chosen_where_few_are_known(right, wrong, listed):
+    """By keys: nothing chosen, each known mistake, the right one, which is remembered; a form beside it is its own."""
+    known = html.escape(json.dumps({"right": right, "wrong": wrong, "within": 0, "ok": "Yes.", "other": "No."}))
+    number = html.escape(json.dumps({"right": 2, "wrong": [[3, "Less."]], "within": 0, "ok": "Yes.", "other": "No."}))
+    page = SLIDERS.split("<figure")[0] + f"""<form class="exercise" data-known="{known}">as ever</form><form class="exercise"
+        data-known="{number}">as ever</form><script type=module src=live/exercise.js></script></body></html>"""
+    with served(page, run=False) as address, browser_page() as tab:
+        def press(name, code, **more):
+            for kind in ("keyDown", "keyUp"):
+                tab.send("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=code, **more)
+
+        said = "document.querySelector('form [role=status]').textContent"
+        sentences = {", ".join(m) if isinstance(m, list) else {True: "yes"}.get(m, m): f"Not yet. {s}" for m, s in wrong}
+        tab.open(address)
+        assert until(tab, "[...document.querySelectorAll('form')].map(form => form.elements.length).join()").endswith(",2")
+        assert tab.evaluate("[...document.querySelectorAll('[type=radio]')].map(part => part.value)") == listed
+        tab.evaluate("document.querySelector('form button').focus()")
+        press("Enter", 13, text="\r")
+        assert until(tab, said) == "Not yet. Choose an answer first."
+        tab.evaluate("document.querySelector('[type=radio]').focus()")
+        press(" ", 32, text=" ")
+        for answer in listed:
+            assert until(tab, "document.activeElement.checked && document.activeElement.value") == answer
+            press("Enter", 13, text="\r")
+            assert tab.evaluate(said) == sentences.get(answer, "Right. Yes.")
+            if answer not in sentences:
+                tab.open(address)
+                assert until(tab, f"{said} == 'Right. Yes.' && document.querySelector(':checked').value") == answer
+                tab.evaluate("document.querySelector(':checked').focus()")
+            press("ArrowDown", 40)
+        assert tab.evaluate("document.querySelector('[type=text]').value") == ""
 
 
 def test_each_module_is_short():

@@ -1,4 +1,4 @@
-// Exercises in the page: a box for the answer, the sentences that the notebook's check would say. What was answered is
+// Exercises in the page: a box for the answer, or what there is to choose from, and the sentences that the notebook's check would say. What was answered is
 // remembered in this browser only.
 
 /** Digits as a number; a comma stands between thousands or, as in 0,125, for the point */
@@ -32,9 +32,17 @@ export function same(a, b) {
   return a === b
 }
 
+/** The answers to choose from, in an order that tells nothing; null where one is typed */
+export function choices({ right, wrong }) {
+  if (typeof right === "boolean") return ["yes", "no"]
+  if (typeof [right].flat()[0] !== "string") return null
+  return [...new Set([right, ...wrong.map(([mistake]) => mistake)].map(answer => [answer].flat().join(", ")))].sort()
+}
+
 /** What an answer is worth: [state, sentence] */
 export function mark(text, { right, within, wrong, ok, other }) {
   const answer = parse(text, right)
+  if (answer === null && choices({ right, wrong })) return ["wrong", "Choose an answer first."]
   if (answer === null) {
     const kind = Array.isArray(right) ? `${right.length} values with commas between them` : typeof right === "string" ? "a word"
       : typeof right === "boolean" ? "yes or no" : "a number, such as 12, 0.5 or 3/4"
@@ -44,26 +52,35 @@ export function mark(text, { right, within, wrong, ok, other }) {
   return ["wrong", wrong.find(([mistake]) => same(answer, mistake))?.[1] ?? other]
 }
 
+const make = (name, properties = {}, ...children) => {
+  const element = Object.assign(document.createElement(name), properties)
+  element.append(...children)
+  return element
+}
+
 /** The control in place of a form's sentence */
 function open(form, number) {
-  const known = JSON.parse(form.dataset.known), key = `${location.pathname} exercise ${number}`
-  const box = Object.assign(document.createElement("input"), { type: "text", autocomplete: "off", spellcheck: false })
-  const button = Object.assign(document.createElement("button"), { type: "submit", textContent: "check" })
-  const said = document.createElement("p"), label = document.createElement("label")
+  const known = JSON.parse(form.dataset.known), key = `${location.pathname} exercise ${number}`, listed = choices(known)
+  const said = make("p"), button = make("button", { type: "submit", textContent: "check" })
+  const inputs = listed ? listed.map(value => make("input", { type: "radio", name: "answer", value }))
+    : [make("input", { type: "text", autocomplete: "off", spellcheck: false })]
   said.setAttribute("role", "status")
-  label.append("your answer ", box)
-  form.replaceChildren(label, " ", button, said)
+  form.replaceChildren(listed ? make("fieldset", { className: "live-parts" }, make("legend", { textContent: "your answer" }),
+    ...inputs.map(input => make("label", {}, input, input.value))) : make("label", {}, "your answer ", ...inputs), " ", button, said)
   const answer = () => {
-    const [state, sentence] = mark(box.value, known)
+    const text = inputs.find(input => !listed || input.checked)?.value ?? "", [state, sentence] = mark(text, known)
     form.dataset.state = state
     said.innerHTML = ""
-    said.append(Object.assign(document.createElement("b"), { textContent: state === "right" ? "Right. " : "Not yet. " }), sentence)
-    try { localStorage.setItem(key, box.value) } catch { /* private windows remember nothing */ }
+    said.append(make("b", { textContent: state === "right" ? "Right. " : "Not yet. " }), sentence)
+    if (listed && !text) return
+    try { localStorage.setItem(key, text) } catch { /* private windows remember nothing */ }
   }
   form.onsubmit = event => { event.preventDefault(); answer() }
   try {
-    box.value = localStorage.getItem(key) ?? ""
-    if (box.value) answer()
+    const before = localStorage.getItem(key) ?? "", chosen = inputs.find(input => !listed || input.value === before)
+    if (!before || !chosen) return
+    Object.assign(chosen, listed ? { checked: true } : { value: before })
+    answer()
   } catch { /* the same */ }
 }
 

@@ -1,5 +1,5 @@
 // Figures with sliders: what h, d, k and p make of a network, a knife that cuts a photograph into patches, and who
-// looks at whom in one layer of attention.
+// looks at whom in one layer of attention, where a poked network moves.
 // Each stands in a <figure> that shows something without a script, too.
 
 const whole = number => Math.round(number).toLocaleString("en")
@@ -118,17 +118,64 @@ function showAttention(figure) {
   const places = range(1, side)
   build(figure, { row: Math.ceil(side / 4), column: Math.ceil(side / 2) },
     [["row", "from the top", places], ["column", "from the left", places]], draw, drawing)
+  point(figure, drawing, side)
+}
+
+/** A click on a drawing of `side` tiles, or of two such beside each other, moves the first two sliders: row and column */
+function point(figure, drawing, side) {
   drawing.onpointerdown = drawing.onpointermove = event => {
     if (event.type === "pointermove" && (event.buttons !== 1 || event.pointerType !== "mouse")) return
-    const box = drawing.getBoundingClientRect(), x = (event.clientX - box.left) / box.width * drawing.width
-    const wanted = [(event.clientY - box.top) / box.height * room, x > room + tile / 2 ? x - room - tile : x]
-    figure.querySelectorAll("input").forEach((input, n) => {
-      input.value = Math.min(side - 1, Math.max(0, Math.floor(wanted[n] / tile)))
+    const box = drawing.getBoundingClientRect(), x = (event.clientX - box.left) / box.width * drawing.width / drawing.height * side
+    const wanted = [(event.clientY - box.top) / box.height * side, x > side + 0.5 ? x - side - 1 : x]
+    for (const [n, input] of [...figure.querySelectorAll("input")].slice(0, 2).entries()) {
+      input.value = Math.min(side - 1, Math.max(0, Math.floor(wanted[n])))
       input.oninput()
-    })
+    }
   }
+}
+
+const gelu = x => x / 2 * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3)))
+
+/** A grid, values (h, side * side), and what becomes of it after each half of each block, without biases and BatchNorm */
+export function halves(grid, blocks, side, residual) {
+  const steps = [grid]
+  for (const { depthwise, pointwise } of blocks) {
+    const now = steps.at(-1), k = Math.sqrt(depthwise[0].length), half = (k - 1) / 2
+    const near = (values, kernel, n) => kernel.reduce((sum, weight, i) => {
+      const y = Math.floor(n / side) + Math.floor(i / k) - half, x = n % side + i % k - half
+      return y < 0 || x < 0 || y >= side || x >= side ? sum : sum + weight * values[y * side + x]
+    }, 0)
+    steps.push(now.map((values, c) => values.map((value, n) => gelu(near(values, depthwise[c], n)) + (residual ? value : 0))))
+    steps.push(pointwise.map(row => now[0].map((_, n) => gelu(row.reduce((sum, weight, c) => sum + weight * steps.at(-1)[c][n], 0)))))
+  }
+  return steps
+}
+
+function showPoke(figure) {
+  const { grid, blocks } = JSON.parse(figure.dataset.network), side = Math.sqrt(grid[0].length), tile = 10, middle = Math.ceil(side / 2)
+  const drawing = Object.assign(document.createElement("canvas"), { width: side * tile, height: side * tile }), pen = drawing.getContext("2d")
+  drawing.setAttribute("aria-hidden", "true")
+  const names = ["the poke", ...blocks.flatMap((_, i) => [`depthwise ${i + 1}`, `pointwise ${i + 1}`])]
+  const draw = ({ row, column, after, residual }) => {
+    const at = (row - 1) * side + column - 1, poked = grid.map((values, c) => values.map((value, n) => value + (c === 0 && n === at)))
+    const [was, is] = [grid, poked].map(start => halves(start, blocks, side, residual === "with")[names.indexOf(after)])
+    const change = is.map((values, c) => values.map((value, n) => Math.abs(value - was[c][n])))
+    const largest = grid[0].map((_, n) => Math.max(...change.map(values => values[n]))), top = Math.max(...largest)
+    largest.forEach((value, n) => {
+      pen.fillStyle = `rgb(${Array(3).fill(value > 1e-9 ? 60 + 195 * value / top : 0)})`
+      pen.fillRect(n % side * tile, Math.floor(n / side) * tile, tile - 1, tile - 1)
+    })
+    Object.assign(pen, { strokeStyle: "rgb(230, 102, 0)", lineWidth: 2 }).strokeRect((column - 1) * tile, (row - 1) * tile, tile - 1, tile - 1)
+    return `${largest.filter(value => value > 1e-9).length} of ${largest.length} positions have moved, in ` +
+      `${change.filter(values => Math.max(...values) > 1e-9).length} of ${grid.length} channels; the poked position by ${largest[at].toFixed(3)}.`
+  }
+  build(figure, { row: middle, column: middle, after: names[1], residual: "with" }, [["row", "from the top", range(1, side)],
+    ["column", "from the left", range(1, side)], ["after", "which half", names], ["residual", "in blocks", ["without", "with"]]],
+  draw, drawing)
+  point(figure, drawing, side)
 }
 
 for (const figure of document.querySelectorAll("figure.live-anatomy")) showAnatomy(figure)
 for (const figure of document.querySelectorAll("figure.live-knife")) showKnife(figure)
 for (const figure of document.querySelectorAll("figure.live-attention")) showAttention(figure)
+for (const figure of document.querySelectorAll("figure.live-poke")) showPoke(figure)
