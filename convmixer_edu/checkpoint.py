@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINTS', 'CheckpointError', 'ensure', 'write_atomically', 'write_json', 'sync_folder', 'remove_partial',
-           'claimed', 'write_checkpoint', 'read_checkpoint', 'read_json', 'check_note', 'step_file', 'save_step',
-           'latest', 'copy_checked', 'run_files', 'Mirror', 'seal_run', 'check_run', 'keyed_generator', 'collect',
-           'expected_tensors', 'check_tensors', 'restore']
+           'claimed', 'write_checkpoint', 'read_checkpoint', 'read_json', 'read_lines', 'check_note', 'step_file',
+           'save_step', 'latest', 'copy_checked', 'run_files', 'Mirror', 'seal_run', 'check_run', 'keyed_generator',
+           'collect', 'expected_tensors', 'check_tensors', 'restore']
 
 # %% ../nbs/W4_checkpoint.ipynb #329ef234
 import hashlib
@@ -176,16 +176,26 @@ def read_json(
     path: Path,  # a note that a run wrote, such as config.json
 ) -> dict:
     "A run's note; `CheckpointError` when it is missing or damaged"
+    return _parse(_text(path), path)
+
+
+def read_lines(
+    path: Path,  # such as metrics.jsonl
+) -> list[dict]:
+    "The notes of a file that has one in each line; raises as `read_json`"
+    return [_parse(line, path) for line in _text(path).splitlines()]
+
+
+def _text(path):
     path = Path(path)
     ensure(path.is_file(), f"{path.parent} holds no run: {path.name} is "
            "missing, expected a folder that a run made")
     try:
         large = path.stat().st_size > 2**26  # bytes: no note of ours
-        text = "" if large else path.read_text("utf8")
+        return "" if large else path.read_text("utf8")
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} is damaged ({brief(error)}): {_ANEW}"
                               ) from None
-    return _parse(text, path)
 
 # %% ../nbs/W4_checkpoint.ipynb #d15d550a
 def _is_kind(value, kind):
@@ -294,7 +304,7 @@ _FILES = ("config.json", "command.json", "metrics.jsonl", CHECKPOINTS,
 def run_files(folder: Path) -> list[Path]:
     "What belongs to a run, in the order in which it came to be"
     return [file for pattern in _FILES
-            for file in sorted(Path(folder).glob(pattern))]
+            for file in sorted(Path(folder).glob(pattern)) if file.is_file()]
 
 # %% ../nbs/W4_checkpoint.ipynb #75a4ccd5
 class Mirror:

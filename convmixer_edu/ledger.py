@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .anatomy import count_parameters
 from .checkpoint import (check_note, check_run, read_checkpoint,
-                                      read_json, sync_folder,
+                                      read_json, read_lines, sync_folder,
                                       write_atomically, write_checkpoint,
                                       write_json)
 from .escape import markdown, yaml_text
@@ -202,9 +202,8 @@ def read_record(
         raise ValueError(f"there is no recorded run {name!r}: expected one "
                          f"of {', '.join(list_records(results)) or 'none yet'}")
     note, run = check_record(folder), read_json(folder / "run.json")
-    lines = (folder / "metrics.jsonl").read_text("utf8").splitlines()
-    run = {**run, "name": name, "metrics": [json.loads(x) for x in lines],
-           "command": note["command"]}
+    run = {**run, "name": name, "command": note["command"],
+           "metrics": read_lines(folder / "metrics.jsonl")}
     check_result(run, folder / "run.json")
     return run
 

@@ -6,6 +6,7 @@ __all__ = ['together', 'TensorBoard', 'console', 'clock', 'Bar', 'Trace']
 # %% ../nbs/W9_watching.ipynb #486abf0b
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -133,3 +134,6 @@ class Trace:
             self.profiler.stop()
             self.profiler.export_chrome_trace(str(self.path))
             self.path = None
+        elif event["event"] == "done":
+            warnings.warn(f"the run was over before step {self.first}: "
+                          "there is no trace of it")

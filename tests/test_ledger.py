@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from convmixer_edu import ledger
 from convmixer_edu.anatomy import count_parameters
-from convmixer_edu.checkpoint import read_checkpoint
+from convmixer_edu.checkpoint import CheckpointError, check_run, read_checkpoint
 from convmixer_edu.data import load_images
 from convmixer_edu.inference import evaluate, load_run, score
 from convmixer_edu.recipe import Config
@@ -188,3 +188,23 @@ def test_the_readme_tells_what_the_network_that_comes_along_reached():
     run, text = ledger.read_record(ledger.PRETRAINED), (ROOT / "README.md").read_text("utf8")
     assert f"{run['test_accuracy']:.1f} % on CIFAR-10's test images after {run['seconds']:.0f} seconds on one H100" in text
     assert "H100" in run["device"]
+
+
+@pytest.mark.parametrize("kind", ["deep", "long number", "pipe", "folder", "missing"])
+def test_a_strangers_lines_are_one_sentence(finished, tmp_path, kind):
+    """Sealed anew, so that only what is in the file can be found fault with; a pipe is not waited for."""
+    folder = ledger.archive(finished, "a", "c", into=tmp_path)
+    lines = folder / "metrics.jsonl"
+    lines.unlink()
+    {"deep": lambda: lines.write_text("[" * 200_000), "long number": lambda: lines.write_text("9" * 5001),
+     "pipe": lambda: os.mkfifo(lines), "folder": lines.mkdir, "missing": lambda: None}[kind]()
+    (folder / "record.json").write_text(json.dumps({"command": "c", "sha256": ledger._seal(folder, "c")}))
+    with pytest.raises(ValueError, match="metrics.jsonl"):
+        ledger.read_record("a", tmp_path)
+
+
+def test_a_run_with_a_pipe_in_it_is_not_waited_for(finished):
+    (finished / "metrics.jsonl").unlink()
+    os.mkfifo(finished / "metrics.jsonl")
+    with pytest.raises(CheckpointError, match="is not what the run wrote"):
+        check_run(finished)
