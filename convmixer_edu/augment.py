@@ -211,7 +211,7 @@ def _constants(shape, device, fill=0.0, n=1):
 def _rows(draws, names, nearest, shape):
     "Drawn (ops, args) as (11 n, B) numbers, (6 n, B) more if pixels move."
     c, h, w = shape
-    draws = [(ops, np.float64(args)) for ops, args in draws]
+    draws = [(ops, np.asarray(args, np.float64)) for ops, args in draws]
     rows = [_numbers(*draw, h * w * (1 if c == 3 else c)) for draw in draws]
     if names & {*MATRICES}:
         moves = np.stack([_matrix(*draw, h, w, nearest) for draw in draws], 2)
