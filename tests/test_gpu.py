@@ -50,7 +50,8 @@ def test_the_queue_killed_and_resumed_leaves_every_record(tmp_path):
     assert read_record("light25-seed1", out / "light25")["test_accuracy"] > 0  # its seal holds
     assert json.loads((out / "kernels" / "kernels.json").read_text())["right"]
     step, whole = (json.loads((out / part / f"{part}.json").read_text()) for part in ("step", "authors"))
-    assert set(step["ratio"]) == {"five lines", "five lines, NCHW"} and set(whole["ratio"]) == {"the authors' way, 1 workers"}
+    assert {"plain", "five lines, float32", "five lines, bfloat16"} <= set(step["ratio"])
+    assert "the authors' way, 1 workers" in whole["ratio"]
     archives = {file.name: tarfile.open(file).getnames() for file in out.glob("*.tar.gz")}
     assert set(archives) == {f"{part}.tar.gz" for part in gpu.PARTS}
     assert not any("work" in name.split("/") for names in archives.values() for name in names)
