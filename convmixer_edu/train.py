@@ -460,6 +460,9 @@ def _check_data(c, data, test):
             (data.classes == test.classes, "train and test have different "
              f"classes: {', '.join(data.classes)} and "
              f"{', '.join(test.classes)}, expected the same in both"),
+            (not c.start or data.images.shape[1] == 3, "the weights of "
+             f"{c.start} want images of 3 channels, these have "
+             f"{data.images.shape[1]}, expected colour images"),
             (side >= c.patch_size, f"patch_size is {c.patch_size}, larger "
              "than the images ({2} x {3}), expected at most their side".format(
                  *data.images.shape)),
