@@ -2,10 +2,10 @@
 
 import dataclasses
 import functools
-import itertools
 import gzip
 import http.server
 import inspect
+import itertools
 import json
 import re
 import subprocess
