@@ -1,6 +1,7 @@
 """What the tests share: where things are, the real data if there is any, and an order."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch loads, as the p
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".pytest_cache" / "compiled"))  # once for all tests
 HOUR = 3600  # seconds: a guard against what hangs, out of reach of a machine that is only busy
+COMPILER = bool(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"))
+needs_compiler = pytest.mark.skipif(not COMPILER, reason="no C++ compiler: the library is used, which other tests cover")
 FIRST, LAST = ["test_notebooks"], ["test_chapters", "test_book", "test_package"]
 
 

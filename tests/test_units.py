@@ -2,14 +2,13 @@
 
 import json
 import os
-import shutil
 import stat
 from copy import deepcopy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import COMPILER, ROOT, needs_compiler
 from torch import nn
 
 from convmixer_edu import units
@@ -19,8 +18,6 @@ from convmixer_edu.recipe import Config
 from convmixer_edu.speed import RunSettings, frozen
 from convmixer_edu.train import train
 
-HERE = bool(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"))
-needs_compiler = pytest.mark.skipif(not HERE, reason="no C++ compiler: the library is used, which other tests cover")
 TYPES = [torch.float32, torch.bfloat16]
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even")
 
@@ -338,7 +335,7 @@ def test_the_faster_way_of_a_block_is_told_without_touching_the_model(monkeypatc
     before = {n: t.clone() for n, t in model.state_dict().items()}
     for fastest in (0, 1):
         monkeypatch.setattr(units, "_quickest", lambda ways, *_: fastest)
-        assert units.units_are_faster(model, (2, 16, 4, 4)) == (HERE and fastest == 1)
+        assert units.units_are_faster(model, (2, 16, 4, 4)) == (COMPILER and fastest == 1)
     assert type(model[3]) is nn.Sequential and torch.equal(stream, torch.get_rng_state())
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     monkeypatch.undo()
