@@ -112,10 +112,11 @@ def ceilings(
 ) -> tuple[float, float]:  # operations a second, bytes a second
     "The machine's rates: a large matrix product, a copy beyond any cache"
     n, m = (8192, 2**28) if device.type == "cuda" else (2048, 2**25)
-    a = torch.randn(n, n, device=device).to(dtype)  # zeros would be faster
+    g = torch.Generator(device).manual_seed(0)  # zeros would be faster
+    a = torch.randn(n, n, generator=g, device=device).to(dtype)
     product = torch.empty_like(a)
     flops = 2 * n**3 / _fastest(lambda: torch.mm(a, a, out=product), device)
-    source = torch.randn(m, device=device)
+    source = torch.randn(m, generator=g, device=device)
     target = torch.empty_like(source)
     copied = 2 * source.nbytes / _fastest(lambda: target.copy_(source),
                                           device)

@@ -289,3 +289,14 @@ def test_a_profile_names_what_took_the_time():
     assert [s for _, s in every] == sorted((s for _, s in every), reverse=True)
     assert {"aten::convolution_backward", "aten::gelu"} < {name for name, _ in every}
     assert len(speed.profile_step(step, CPU, top=3)) == 3
+
+
+def test_what_is_measured_leaves_the_callers_draws_alone(monkeypatch, tmp_path):
+    """Also where nothing is kept yet, so that a seed means the same on a machine's first day and on its second."""
+    monkeypatch.setenv("CONVMIXER_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    machine._seconds_of_a_product.cache_clear()
+    before = torch.get_rng_state()
+    machine.choose_precision(CPU), speed.ceilings(CPU)
+    assert machine._seconds_of_a_product.cache_info().misses == 2  # both types were timed
+    assert torch.equal(torch.get_rng_state(), before)
