@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -366,7 +367,8 @@ def main():
     record = json.loads(given.out.read_text()) if given.out.exists() else {"work": {}}
     machine = who_ran(CPU, HALF)
     record |= {key: machine[key] for key in ("device", "threads", "torch", "python")}
-    record |= {"compiler": subprocess.run(["g++", "--version"], capture_output=True, text=True).stdout.split("\n")[0],
+    told = shutil.which("g++") and subprocess.run(["g++", "--version"], capture_output=True, text=True).stdout
+    record |= {"compiler": (told or "none").split("\n")[0],
                "command": "python tools/bench.py --out results/units-cpu.json"}
     data = colour_images(512)
     light = with_settings(PRESETS["light25"], {"batch_size": 64})
