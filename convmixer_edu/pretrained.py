@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save
-from timm.data import ImageNetInfo, create_loader
+from timm.data import ImageNetInfo, create_loader, resolve_data_config
 from timm.models import convmixer as timms
 from torch import Tensor, nn
 
@@ -405,6 +405,7 @@ def evaluate_pretrained(
     Pictures are read as they are needed. Killed and called again, it goes on
     and ends with the same numbers. Raises `ValueError` in one sentence."""
     source, settings = os.fspath(source), find_published(name).settings
+    frame = resolve_data_config(pretrained_cfg=settings.to_dict())
     expect(source_kind(source) != "digits", "digits are no photographs",
            "a folder of images, or a dataset on the Hub")
     files = list_files(source, split, alone=True)
@@ -413,16 +414,13 @@ def evaluate_pretrained(
     numbers = targets(pictures.classes, settings.num_classes)
     device, model = choose_device(device), load_pretrained(name, file)
     tally = Tally(_note(name, model, source, split, pictures.classes,
-                        source_state(source, files), settings.crop_pct,
-                        settings.interpolation, settings.input_size))
+                        source_state(source, files), frame))
     before, began = len(tally.rows), time.monotonic()
     model, saved, left = model.to(device), began, len(pictures) - before
     batches = left and create_loader(  # timm's own
-        Judged(pictures, numbers, before), settings.input_size, batch_size,
-        mean=settings.mean, std=settings.std, crop_pct=settings.crop_pct,
-        interpolation=settings.interpolation, num_workers=workers,
-        device=device, pin_memory=device.type == "cuda",
-        persistent_workers=False)
+        Judged(pictures, numbers, before), batch_size=batch_size,
+        num_workers=workers, device=device, persistent_workers=False,
+        pin_memory=device.type == "cuda", **frame)
     try:
         for x, y in batches or ():
             with torch.inference_mode():
@@ -439,9 +437,9 @@ def evaluate_pretrained(
     if tally.file is not None:
         tally.file.unlink(missing_ok=True)
     speed = left / (time.monotonic() - began)
-    return {"model": name, **tally.summary(), "crop_pct": settings.crop_pct,
-            "interpolation": settings.interpolation, "image_size":
-            settings.input_size[1], "images_per_second": round(speed, 1)}
+    return {"model": name, **tally.summary(), "crop_pct": frame["crop_pct"],
+            "interpolation": frame["interpolation"], "image_size":
+            frame["input_size"][1], "images_per_second": round(speed, 1)}
 
 # %% ../nbs/W15_published.ipynb #16982163
 def confused(
@@ -472,7 +470,4 @@ def first_weights(
     file: str | os.PathLike | None = None,  # None: timm's, from the Hub
 ) -> dict[str, Tensor]:  # by our keys
     "Published weights without the classifier, for other classes"
-    model = load_pretrained(name, file)
-    head = f"{len(model) - 1}."
-    return {key: tensor for key, tensor in model.state_dict().items()
-            if not key.startswith(head)}
+    return load_pretrained(name, file)[:-1].state_dict()
