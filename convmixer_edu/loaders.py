@@ -37,7 +37,7 @@ class Loader:
     ):
         expect(len(data) <= 2**24, f"the data set has {len(data)} images",
                "at most 2**24, which float32 can count")
-        if augment.randaug_policy == "timm" and not augment.fill:
+        if augment.randaug_policy == "timm" and augment.fill is None:
             augment = replace(augment, fill=tuple(mean))
         self.data, self.seed, self.device = data, seed, torch.device(device)
         self.labels = data.labels.to(self.device)

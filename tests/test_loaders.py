@@ -126,6 +126,15 @@ def test_batched_is_the_recipe_in_order(data):
     assert torch.allclose(x, expected, atol=1e-5) and torch.equal(y, targets)
 
 
+def test_black_is_a_colour_to_fill_with(data):
+    """Only where no fill is given, what comes in from outside has the mean colour, as in timm."""
+    recipe = Augment(flip=False, randaug_n=2, randaug_m=9, randaug_policy="timm")
+    for fill, expected in ((None, MEAN), (0.0, 0.0)):
+        (x, _), = make("batched", data, replace(recipe, fill=fill)).batches(3, [(0, torch.arange(60))])
+        images = replace(recipe, fill=expected)(data.images, keyed_generator(5, 2, 3, 0))
+        assert torch.equal(x, normalize(images, MEAN, STD))
+
+
 def test_erasing_comes_after_mixing(data):
     """A hole of the mean colour is whole: nothing of the partner shows in it."""
     recipe = replace(PLAIN, erase=1.0, erase_mode="const", mixup=1.0)
