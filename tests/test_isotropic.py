@@ -105,7 +105,7 @@ def test_a_race_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(record_siblings.SCALES, "quick", (0.2, 0.1, two))
     call = ["--out", str(tmp_path), "--seeds", "1", "--device", "cpu"]
     record_siblings.main([*call, "--budget", "0"])
-    assert "stopped before ConvMixer-0.001-0.002:" in capsys.readouterr().out and not list(tmp_path.rglob("*.json"))
+    assert "stopped before ConvMixer-0.001-0.006:" in capsys.readouterr().out and not list(tmp_path.rglob("*.json"))
     with pytest.raises(SystemExit, match="--part race first"):
         record_siblings.main([*call, "--part", "shuffled"])
     record_siblings.main(call)
