@@ -1,7 +1,8 @@
 """Train the isotropic relatives side by side: python tools/record_siblings.py --out DIR --budget 1500
 
-About the same number of parameters, the same seconds of training, one recipe but for AdamW's eps and the learning rate.
-Each arm chooses both on held-out images: for each eps it climbs a ladder of rates until the best has a neighbour on either
+About the same number of parameters, the same minute of training, one recipe but for AdamW's eps and the learning rate.
+How many steps each arm takes in a minute is measured first, in turn, on a quiet machine; each run is then of so many
+steps, whatever else the machine does. Each arm chooses both on held-out images: for each eps it climbs a ladder of rates until the best has a neighbour on either
 side. ConvMixer runs without kernels of our own. One JSON file a run; a file that is there is not made again.
 
 --part shuffled trains two arms, by what they chose, in a world in which the patches of every image, for training and for
@@ -14,6 +15,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -68,13 +70,13 @@ def batches(loader, c, epoch, first):
     yield from loader.batches(epoch, picks(len(loader.data), c, epoch, first))
 
 
-def fit(build, data, test, lr, eps, seed, seconds, device, shuffle=False):
-    """Train for so many seconds; return what a record holds of it."""
-    c = replace(PRESETS["quick"], lr=lr, seed=seed, eps=eps, precision="auto")
+def contestant(build, data, seed, device, shuffle=False, **changes):
+    """Return what a run needs: the network, its loader and its recipe."""
+    c = replace(PRESETS["quick"], seed=seed, precision="auto", **changes)
     stats, dtype = statistics(data.images), choose_precision(device)
     torch.manual_seed(seed)
     model = build()
-    if isinstance(model[0], nn.Conv2d):  # ConvMixer: its layout and its gradient, as the package trains it
+    if isinstance(model[0], nn.Conv2d):  # ConvMixer: its layout, and its gradient by the fastest way of the library's
         model = model.to(device, memory_format=torch.channels_last)
         side = data.images.shape[-1] // model[0].kernel_size[0]
         kernel = model[3][0].fn[0].kernel_size[0]
@@ -84,29 +86,49 @@ def fit(build, data, test, lr, eps, seed, seconds, device, shuffle=False):
         patch = next(layer.stride[0] for layer in model.modules() if isinstance(layer, nn.Conv2d))
         model = nn.Sequential(Shuffle(patch, data.images.shape[-1]), model)
     model.to(device)
-    optimizer, scaler = make_optimizer(model, c), make_scaler(device, dtype)
     loader = make_loader("batched", data, Augment(), stats.mean, stats.std, seed, device)
-    steps, done, spent, history, sums = steps_per_epoch(len(data), c.batch_size), 0, 0.0, [], []
-    batch = next(batches(loader, c, 0, 0))
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    for _ in range(3):  # the first steps allocate: not part of the race
-        train_step(model, optimizer, scaler, *batch, c.clip, dtype)
-    model.load_state_dict(before)
-    optimizer, started = make_optimizer(model, c), time.monotonic()
-    while spent < seconds:
-        for x, y in batches(loader, c, done // steps, done % steps):
+    return model, loader, c, stats, dtype
+
+
+def pace(arms, data, device, rounds=7, steps=20):
+    """Return the seconds a step of each arm, of rounds in turn, and their medians."""
+    runs = {}
+    for arm, build in arms.items():
+        model, loader, c, _, dtype = contestant(build, data, 0, device)
+        runs[arm] = model, make_optimizer(model, c), make_scaler(device, dtype), loader, c, dtype
+    times = {arm: [] for arm in arms}
+    for _ in range(rounds + 1):  # the first one warms up
+        for arm, (model, optimizer, scaler, loader, c, dtype) in runs.items():
+            started = time.monotonic()
+            for x, y in itertools.islice(batches(loader, c, 0, 0), steps):
+                loss = train_step(model, optimizer, scaler, x, y, c.clip, dtype)
+            float(loss)
+            times[arm].append((time.monotonic() - started) / steps)
+    times = {arm: took[1:] for arm, took in times.items()}
+    return {"seconds_a_step": {arm: median(took) for arm, took in times.items()}, "rounds": times,
+            "steps_a_round": steps, **who_ran(device, dtype)}
+
+
+def fit(build, data, test, lr, eps, seed, steps, device, shuffle=False):
+    """Train for so many steps; return what a record holds of it."""
+    model, loader, c, stats, dtype = contestant(build, data, seed, device, shuffle, lr=lr, eps=eps)
+    optimizer, scaler = make_optimizer(model, c), make_scaler(device, dtype)
+    an_epoch, done, history, sums, started = steps_per_epoch(len(data), c.batch_size), 0, [], [], time.monotonic()
+    while done < steps:
+        for x, y in batches(loader, c, done // an_epoch, done % an_epoch):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(min(1.0, spent / seconds), lr)
+                group["lr"] = learning_rate(done / steps, lr)
             sums.append(train_step(model, optimizer, scaler, x, y, c.clip, dtype))
-            done, spent = done + 1, time.monotonic() - started
-            if spent > seconds * (len(history) + 1) / 10:
-                history.append({"seconds": round(spent, 2), "loss": float(torch.stack(sums).mean())})
+            done += 1
+            if done * 10 >= steps * (len(history) + 1):
+                history.append({"steps": done, "loss": float(torch.stack(sums).mean())})
                 sums = []
-            if spent >= seconds:
+            if done == steps:
                 break
+    seconds = round(time.monotonic() - started, 2)  # a fact, not a measure: other work may go on beside it
     seen = score(model.eval(), test, stats, dtype=dtype)
-    return {"lr": lr, "eps": eps, "shuffled": shuffle, "seed": seed, "seconds": round(spent, 2),
-            "steps": done, "epochs": round(done / steps, 3),
+    return {"lr": lr, "eps": eps, "shuffled": shuffle, "seed": seed, "seconds": seconds, "steps": done,
+            "epochs": round(done / an_epoch, 3),
             "parameters": sum(weight.numel() for weight in model.parameters()), "history": history,
             "accuracy": seen["accuracy"], "loss": seen["loss"], **who_ran(device, dtype)}
 
@@ -146,13 +168,17 @@ def main(arguments=None):
         told = {key: record.get(key) for key in ("arm", "eps", "lr", "seed", "epochs", "accuracy", "test_accuracy")}
         print(json.dumps(told), flush=True)
 
+    file = options.out / "pace.json"
+    if not file.exists():
+        keep(file, None, pace(arms, whole, device))
+    took = json.loads(file.read_text())["seconds_a_step"]
     for arm, build in arms.items() if options.part == "race" else ():
         while following := next_trial(trials(options.out, arm)):
             eps, lr = following
             if not left(f"{arm}-{eps:g}-{lr:g}", trial):
                 return
             keep(options.out / "rates" / f"{arm}-{eps:g}-{lr:g}.json", arm,
-                 fit(build, rest, held, lr, eps, 0, trial, device) | {"train_images": len(rest)})
+                 fit(build, rest, held, lr, eps, 0, round(trial / took[arm]), device) | {"train_images": len(rest)})
     shuffle = options.part == "shuffled"
     for seed, arm in itertools.product(range(options.seeds), SHUFFLED if shuffle else arms):
         file = options.out / ("shuffled" if shuffle else "") / f"{arm}-seed{seed}.json"
@@ -164,7 +190,7 @@ def main(arguments=None):
         if not left(f"{arm}-seed{seed}", seconds):
             return
         eps, lr = max(tried, key=tried.get)
-        record = fit(arms[arm], whole, test, lr, eps, seed, seconds, device, shuffle)
+        record = fit(arms[arm], whole, test, lr, eps, seed, round(seconds / took[arm]), device, shuffle)
         record.update(test_accuracy=record.pop("accuracy"), test_loss=record.pop("loss"), train_images=len(whole),
                       tried=[{"eps": eps, "lr": lr, "accuracy": a} for (eps, lr), a in sorted(tried.items())])
         keep(file, arm, record)
