@@ -8,7 +8,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from browser import chromium, find_browser, watch
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch loads, as the package does
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,6 +55,7 @@ def cifar10():
 @pytest.fixture(scope="module")
 def browser():
     """The machine's browser, headless."""
+    from browser import chromium, find_browser
     if not find_browser():
         pytest.skip("no Chromium or Chrome is installed: no page was opened in a browser")
     from playwright.sync_api import expect
@@ -67,6 +67,7 @@ def browser():
 @pytest.fixture
 def tab(browser):
     """A fresh tab. Whatever a test does in it, its console stays clean and no other host is asked."""
+    from browser import watch
     with browser.new_page(viewport={"width": 1280, "height": 800}) as tab:
         tab.set_default_timeout(PATIENCE)
         yield watch(tab)
