@@ -432,13 +432,13 @@ def test_settings_and_evaluations_of_another_user_are_not_believed(tmp_path):
     os.chown(tmp_path / "cache/speed.json", SOMEBODY, SOMEBODY)
     assert machine.read_answers() == {}
     note = tmp_path / "cache/evaluations/x.safetensors"
-    tally = pretrained.Tally(3, note)
+    tally = pretrained.Tally(note)
     tally.add(torch.eye(3), torch.arange(3))
     tally.keep()
-    assert pretrained.Tally(3, note).done == 3
+    assert len(pretrained.Tally(note).rows) == 3
     os.chown(note, SOMEBODY, SOMEBODY)
     with pytest.warns(UserWarning, match="belongs to another user; evaluated from the start"):
-        assert pretrained.Tally(3, note).done == 0
+        assert len(pretrained.Tally(note).rows) == 0
 
 
 @pytest.fixture
