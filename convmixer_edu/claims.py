@@ -76,9 +76,9 @@ class Claim:
         text: str | None = None,  # None: the value with its unit
     ) -> str:
         "The value, as HTML that leads to this page; its title is the origin"
-        told = f"{self.section}: {self.origin}"
+        title = f"{self.section}: {self.origin}"
         return (f'<a class="claim" href="claims.html#{self.id}" '
-                f'title="{html.escape(told)}">'
+                f'title="{html.escape(title)}">'
                 f"{html.escape(text or self.text)}</a>")
 
 # %% ../nbs/claims.ipynb #7f8b6195

@@ -125,10 +125,10 @@ def main(
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 1
         except (Exception, KeyboardInterrupt) as error:
-            told = _explain(error)
-            if told is None or os.environ.get("CONVMIXER_DEBUG"):
+            result = _explain(error)
+            if result is None or os.environ.get("CONVMIXER_DEBUG"):
                 raise
-            text, code = told
+            text, code = result
             _say(text)
     sys.exit(code or 0)
 
@@ -152,15 +152,15 @@ def _table(rows, header=None):
     print(re.sub(" +$", "", text.get(), flags=re.M), end="")
 
 
-def _facts(told, **facts):
-    "A table of facts and their words, filled in with what is told"
-    _table([(name.replace("_", " "), words.format(**told))
+def _facts(result, **facts):
+    "A table of facts and their words, filled in with what is result"
+    _table([(name.replace("_", " "), words.format(**result))
             for name, words in facts.items()])
 
 
-def _answer(told, as_json, show):
+def _answer(result, as_json, show):
     "One JSON object for programs, or what `show` makes of it for people"
-    print(json.dumps(told)) if as_json else show(told)
+    print(json.dumps(result)) if as_json else show(result)
 
 
 def _refuse(wrong, words):
@@ -190,28 +190,28 @@ def info_command(
                  patch_size=patch_size, num_classes=num_classes,
                  in_chans=in_chans)
     macs = partial(count_macs, **sizes, image_size=image_size)
-    told = {**sizes, "image_size": image_size,
+    result = {**sizes, "image_size": image_size,
             "parameters": count_parameters(**sizes), "macs": macs(),
             "macs_without_depthwise": macs(exclude_depthwise=True),
             "receptive_field": receptive_field(depth, kernel_size,
                                                patch_size)}
     with torch.device("meta"):  # shapes without numbers cost no memory
         seen = layers(ConvMixer(**sizes), image_size, in_chans)
-    _answer({**told, "layers": [asdict(layer) for layer in seen]}, as_json,
+    _answer({**result, "layers": [asdict(layer) for layer in seen]}, as_json,
             _show_count)
 
 # %% ../nbs/W13_command_line.ipynb #b97e1576
-def _show_count(told):
+def _show_count(result):
     "The answer of `info` for people: one block stands for all"
-    _facts(told, parameters="{parameters:,}", MACs="{macs:,}",
+    _facts(result, parameters="{parameters:,}", MACs="{macs:,}",
            as_timm_counts="{macs_without_depthwise:,}, without depthwise",
            receptive_field="{receptive_field:,} pixels, in an image of "
                            "{image_size:,}")
-    first, last = 3, told["depth"] + 2  # blocks follow the patch embedding
+    first, last = 3, result["depth"] + 2  # blocks follow the patch embedding
     print()
     _table([(layer["name"], layer["kind"], " x ".join(map(
         str, layer["shape"])), f"{layer['parameters']:,}",
-        f"{layer['macs']:,}") for layer in told["layers"]
+        f"{layer['macs']:,}") for layer in result["layers"]
         if not first < int(layer["name"].split(".")[0]) <= last],
         ("layer", "kind", "output", "parameters", "MACs"))
     if last > first:
@@ -244,12 +244,12 @@ def _begun(run, data):
     "Where the images of a run are now, and which device it was begun on"
     from convmixer_edu.checkpoint import check_note, read_json
     from convmixer_edu.data import DEFAULT_SOURCE
-    note = run / "command.json"
-    note = note if note.exists() else run / "config.json"
-    told = read_json(note)
-    told["device"] = told.get("device") or ""  # None: not asked for
-    check_note(told, {"source": str, "device": str}, note)
-    source, device = told["source"], told["device"] or None
+    file = run / "command.json"
+    file = file if file.exists() else run / "config.json"
+    metadata = read_json(file)
+    metadata["device"] = metadata.get("device") or ""  # None: not asked for
+    check_note(metadata, {"source": str, "device": str}, file)
+    source, device = metadata["source"], metadata["device"] or None
     hub = "/" in source and not Path(source).is_absolute()
     if data or source == "digits":
         return data or source, device
@@ -271,7 +271,6 @@ def _recipe(run, preset, settings, finetune):
     from convmixer_edu.recipe import PRESETS, read_setup, with_settings
     if run and not preset:
         config, _ = read_setup(run / "config.json")
-        settings |= {"start": finetune} if finetune else {}
     elif finetune:
         from convmixer_edu.pretrained import finetune_config
         config = finetune_config(finetune)
@@ -314,8 +313,8 @@ def train_command(
     run = None
     if resume:  # what the run's folder knows, or its mirror
         run = out if (out / "config.json").exists() or not mirror else mirror
-    config = _recipe(run, preset, _settings(pairs, epochs=epochs, seed=seed),
-                     finetune)
+    config = _recipe(run, preset, _settings(
+        pairs, epochs=epochs, seed=seed, start=run and finetune), finetune)
     if run:
         data, its_device = _begun(run, data)
         device = device or its_device
@@ -324,26 +323,26 @@ def train_command(
     from convmixer_edu.data import resolve_source
     from convmixer_edu.train import train
     from convmixer_edu.watch import Bar, TensorBoard, Trace, together
-    source, first = resolve_source(data), None
+    source, init_weights = resolve_source(data), None
     if config.start:
         from convmixer_edu.pretrained import first_weights
-        first = partial(first_weights, config.start, weights)
+        init_weights = partial(first_weights, config.start, weights)
     with Bar(lines=not as_json) as bar:
         report = together(  # at the first event the folder is there
             lambda event: _remember(out, ctx.obj, source, device), bar,
             *([TensorBoard(out / "tensorboard")] if tensorboard else []),
             *([Trace(out / "trace.json")] if profile else []))
         record = train(config, source, out, resume, device, report, mirror,
-                       first)
+                       init_weights)
     if _FIRST:
         _answer({"run": str(out), **record}, as_json, _show_run)
 
 # %% ../nbs/W13_command_line.ipynb #4155f34b
-def _show_run(told):
+def _show_run(result):
     "What a run gave, for people"
     from convmixer_edu.watch import clock
-    most = told.get("peak_memory_mb")  # None on Windows
-    _facts({**told["config"], **told, "took": clock(told["seconds"])},
+    most = result.get("peak_memory_mb")  # None on Windows
+    _facts({**result["config"], **result, "took": clock(result["seconds"])},
            test_accuracy="{test_accuracy:.2f} % of {test_images:,} images",
            model="{dim}/{depth}, kernel {kernel_size}, patch {patch_size}",
            training="{epochs} epochs, {steps:,} steps in {took}",
@@ -423,12 +422,12 @@ def ablate_command(
         for r in found]}, as_json, partial(_show_differences, found))
 
 # %% ../nbs/W13_command_line.ipynb #c62b3ca6
-def _show_differences(rows, told):
+def _show_differences(rows, result):
     "The same for people"
     _table([row.cells for row in rows], (
         "change", "paper", "ours", "95 % interval", "runs", "verdict"))
-    if told["left"]:
-        print(f"\n{told['left']} of {told['left'] + told['done']} runs are "
+    if result["left"]:
+        print(f"\n{result['left']} of {result['left'] + result['done']} runs are "
               "left: the same command goes on.")
 
 # %% ../nbs/W13_command_line.ipynb #be1470a7
@@ -455,28 +454,28 @@ def evaluate_command(
         from convmixer_edu.pretrained import evaluate_pretrained
         count = lambda e: _say(f"{e['done']:,} of {e['images']:,} images")
         split = split or "validation"
-        told = evaluate_pretrained(pretrained, data, split, weights, device,
+        result = evaluate_pretrained(pretrained, data, split, weights, device,
                                    report=None if as_json else count)
     else:
         from convmixer_edu.inference import evaluate
         split, source = split or "test", data or _begun(run, data)[0]
-        told = {"run": str(run), **evaluate(run, source, split, device)}
-    _answer({"split": split, **told}, as_json, _show_score)
+        result = {"run": str(run), **evaluate(run, source, split, device)}
+    _answer({"split": split, **result}, as_json, _show_score)
 
 # %% ../nbs/W13_command_line.ipynb #9690f7ed
-def _show_score(told):
+def _show_score(result):
     "How good a model is, and what published weights took for what"
     own, theirs = "{accuracy:.2f} % of {images:,} images ({split})", {
         "top-1": "{top1:.3f} % of {images:,} images ({split})",
         "top-5": "{top5:.3f} %", "frame": "{image_size} pixels, {crop_pct} "
         "of the shorter side, {interpolation}"}
-    _facts(told, **theirs if "top1" in told else {"accuracy": own},
+    _facts(result, **theirs if "top1" in result else {"accuracy": own},
            loss="{loss:.4f}", speed="{images_per_second:,.1f} images/s")
-    if "top1" in told:
+    if "top1" in result:
         from convmixer_edu.pretrained import confused
         print()
         _table([(true, answer, f"{times:,}") for true, answer, times
-                in confused(told["confusion"])], ("was", "taken for", "times"))
+                in confused(result["confusion"])], ("was", "taken for", "times"))
 
 # %% ../nbs/W13_command_line.ipynb #aa3357d7
 @app.command("predict")
@@ -508,11 +507,11 @@ def predict_command(
     raise typer.Exit(1 if bad else 0)
 
 
-def _show_predictions(told):
+def _show_predictions(result):
     "Each picture with its classes, the best first"
     _table([(p["image"] if i == 0 else "", best["class"],
              f"{100 * best['probability']:.1f} %")
-            for p in told["predictions"]
+            for p in result["predictions"]
             for i, best in enumerate(p["classes"])])
 
 # %% ../nbs/W13_command_line.ipynb #d52a02f0
@@ -555,14 +554,14 @@ def export_command(
              "files": written, "latency": rows}, as_json, _show_export)
 
 
-def _show_export(told):
+def _show_export(result):
     "What was written, how far it is off, how long an answer takes"
     _table([(f["file"], f"{f['bytes'] / 1e6:.2f} MB",
-             f"off by {f['difference']:.0e} at most") for f in told["files"]])
+             f"off by {f['difference']:.0e} at most") for f in result["files"]])
     print()
     _table([(row["way"], str(row["images"]), f"{1000 * row['seconds']:.2f}",
              f"{1000 * row['least']:.2f} to {1000 * row['most']:.2f}")
-            for row in told["latency"]],
+            for row in result["latency"]],
            ("asked by", "images", "ms", "of five rounds"))
 
 # %% ../nbs/W13_command_line.ipynb #10ba3dee

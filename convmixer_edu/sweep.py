@@ -219,10 +219,10 @@ def merge(
     return len(new)
 
 
-def _same(known, key, place, told, words):
-    "What was told of a key before must be told of it now"
-    first, before = known.setdefault(key, (place, told))
-    if before != told:
+def _same(known, key, place, value, words):
+    "What a key stood for before it must stand for now"
+    first, before = known.setdefault(key, (place, value))
+    if before != value:
         raise ValueError(f"{place} and {first} {words}")
 
 
@@ -267,15 +267,15 @@ def rows(
     results: str | Path | None = None,  # None: the book's own runs
 ) -> list[Row]:
     "Every difference of a table; those not run have no estimate"
-    found, told = records(scale, results), []
+    found, answers = records(scale, results), []
     for c in sum((CONTRASTS[t] for t in CONTRASTS if table in (t, None)), ()):
         ids = [ARMS[name].claim for name in (c.arm, c.against)]
         paper = (claim(c.claim).number if c.claim else
                  round(claim(ids[0]).number - claim(ids[1]).number, 2)
                  if all(ids) else None)  # stated, or of two rows, or neither
         ours = measured(c, scale, found)
-        told.append(Row(c, paper, ours, judge(ours, paper, scale)))
-    return told
+        answers.append(Row(c, paper, ours, judge(ours, paper, scale)))
+    return answers
 
 # %% ../nbs/W11_sweep.ipynb #e9c517c7
 def differences(
@@ -305,6 +305,9 @@ def runs(
     found, lines = records(scale, results), [
         "| arm | sets | the paper, % | ours, % | runs | seconds per run "
         "| seeds |", "|:--|:--|--:|--:|--:|--:|:--|"]
+    urls = dict(text.split(", ", 1) for text in
+                metadata("convmixer-edu").get_all("Project-URL"))
+    place = f"{urls['Source']}/tree/main/results/ablations/{scale}"
     for arm in [a for a in ARMS.values() if a.table == table
                 or a.name == "baseline"]:
         twin = run_as(arm, scale).name
@@ -315,7 +318,9 @@ def runs(
             ours += f", {len(own) - len(ended)} failed"
         spent = [run["seconds"] for run in own if "failed" not in run]
         took = f"{sum(spent)/len(spent):.0f}" if spent else ""
-        seeds = ", ".join(_seed(scale, run, results) for run in own)
+        seeds = ", ".join(  # of the book's own runs, as links to the records
+            f"[{run['config']['seed']}]({place}/{run['name']})" if results is
+            None else str(run["config"]["seed"]) for run in own)
         lines.append(f"| {arm.words} | {_set_to(changes(arm, scale))} | "
                      f"{paper} | {ours} | {len(ended)} | {took} | {seeds} |")
     return Markdown("\n".join([*lines, "", _small_print(scale, found)]))
@@ -326,16 +331,6 @@ def _set_to(change):
     return ", ".join(f"`{k}={v}`" for k, v in change.items()) or "as it is"
 
 
-def _seed(scale, run, results):
-    "A run's seed, for the book's own runs as a link to its record"
-    seed = str(run["config"]["seed"])
-    urls = dict(text.split(", ", 1) for text in
-                metadata("convmixer-edu").get_all("Project-URL"))
-    place = f"{urls['Source']}/tree/main/results/ablations/{scale}"
-    return seed if results is not None else (
-        f"[{seed}]({place}/{run['name']})")
-
-
 def _small_print(scale, found):
     "How a scale differs from the paper's recipe, and what its runs ran on"
     paper, base, lines = baseline("paper200"), baseline(scale), []
@@ -343,8 +338,8 @@ def _small_print(scale, found):
         lines.append(f"The scale {scale} differs from the paper's recipe in "
                      f"{_set_to(other)}.")
     if places := {"{device}, {threads} thread{s}, {precision}, PyTorch "
-                  "{torch}, commit {commit}".format(
-                      **run, s="s"*(run["threads"] > 1))
+                  "{torch}, commit {commit}".format_map(
+                      {**run, "s": "s"*(run["threads"] > 1)})
                   for several in found.values() for run in several
                   if "failed" not in run}:
         lines.append(f"Run on {'; '.join(map(markdown, sorted(places)))}.")
