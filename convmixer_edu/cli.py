@@ -426,9 +426,10 @@ def _show_differences(rows, result):
     "The same for people"
     _table([row.cells for row in rows], (
         "change", "paper", "ours", "95 % interval", "runs", "verdict"))
-    if result["left"]:
-        print(f"\n{result['left']} of {result['left'] + result['done']} runs are "
-              "left: the same command goes on.")
+    left, done = result["left"], result["done"]
+    if left:
+        print(f"\n{left} of {left + done} runs are left: the same command "
+              "goes on.")
 
 # %% ../nbs/W13_command_line.ipynb #be1470a7
 @app.command("evaluate")
@@ -474,8 +475,9 @@ def _show_score(result):
     if "top1" in result:
         from convmixer_edu.pretrained import confused
         print()
-        _table([(true, answer, f"{times:,}") for true, answer, times
-                in confused(result["confusion"])], ("was", "taken for", "times"))
+        pairs = confused(result["confusion"])
+        _table([(true, seen, f"{times:,}") for true, seen, times in pairs],
+               ("was", "taken for", "times"))
 
 # %% ../nbs/W13_command_line.ipynb #aa3357d7
 @app.command("predict")
