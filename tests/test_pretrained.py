@@ -720,12 +720,13 @@ def test_evaluate_from_a_terminal(photographs, weights, timms_answers):
     ("evaluate --pretrained convmixer_768_32", ["--data"]),
     ("evaluate run --pretrained convmixer_768_32", ["one of two"]),
     ("evaluate run --weights x.pth", ["--weights belongs to --pretrained"]),
-    ("evaluate --pretrained convmixer_768_32 --data x --weights x.pth", ["no file x.pth"]),
+    ("evaluate --pretrained convmixer_768_32 --data x --weights gone.pth", ["--weights", "'gone.pth' does not exist"]),
     ("evaluate --pretrained convmixer_768_32 --data nowhere", ["no folder nowhere"]),
     ("train --out run --finetune convmixer_9 --data x", ["convmixer_9", "convmixer_1536_20"]),
     ("train --out run --finetune convmixer_768_32", ["--data"]),
     ("train --out run --finetune convmixer_768_32 --data x --preset quick", ["--preset"]),
     ("train --out run --weights x.pth", ["--weights belongs to --finetune"]),
+    ("train --out run --finetune convmixer_768_32 --data x --weights gone.pth", ["--weights", "'gone.pth' does not exist"]),
     ("train --out run --set start=convmixer_768_32 --data digits --set patch_size=2 --set limit=50", ["convmixer_768_32"]),
 ])
 def test_wrong_words_are_one_line(line, words, monkeypatch):
@@ -734,6 +735,7 @@ def test_wrong_words_are_one_line(line, words, monkeypatch):
 
     monkeypatch.setattr(pretrained, "hf_hub_download", absent)
     monkeypatch.setattr(data, "_on_the_hub", lambda source: None)
+    Path("x.pth").touch()
     _, err = convmixer(*line.split(), code=2)
     assert all(word in err for word in words), err
     assert not Path("run").exists()

@@ -369,7 +369,7 @@ def test_no_message_shows_a_temporary_name(call, tmp_path, monkeypatch):
 
     monkeypatch.setattr(call, full)
     messages = []
-    for write in (lambda: write_atomically(tmp_path / "x", b"1"), lambda: deploy.export_torch(torch.nn.ReLU(), (3, 4, 4), tmp_path / "x")):
+    for write in (lambda: write_atomically(tmp_path / "x", b"1"), lambda: deploy.export(torch.nn.ReLU(), (3, 4, 4), tmp_path / "x", "torch.export")):
         with pytest.raises(ValueError, match="x could not be written .No space left on device.: make room") as told:
             write()
         messages.append(str(told.value))
