@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from .anatomy import count_macs, count_parameters
+from .data import brief
 from .depthwise import (can_use, fast_depthwise,
-                                     keep_compiled_code_private)
+                                     keep_compiled_code_private, time_call)
 from .machine import (autocast, dtype_name, layout,
                                    make_scaler, measured, profiler,
                                    real_dtypes, train_step)
@@ -84,26 +85,10 @@ def _wait(device):
         torch.cuda.synchronize(device)
 
 
-def _seconds(function, device):
-    "Of a call; on a GPU the mean of 20 between two marks on its own clock"
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
-        start.record()
-        for _ in range(20):
-            function()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 20_000
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 def _fastest(function, device, rounds=5):
     "Seconds of the fastest of some calls, after one to warm up"
     function()
-    _wait(device)
-    return min(_seconds(function, device) for _ in range(rounds))
+    return min(time_call(function, device) for _ in range(rounds))
 
 # %% ../nbs/P4_speed.ipynb #80612871
 def ceilings(
@@ -157,12 +142,10 @@ class RunSettings:
     depthwise: str = ""  # see `fast_depthwise`; "": the workload's
 
     def __str__(self):
-        compiled = "eager"
-        if self.compile:
-            compiled = "compile" + ", layout kept" * (
-                not self.layout_optimization)
-        layout = "channels_last" if self.channels_last else "NCHW"
-        words = [self.dtype, layout, compiled, self.depthwise]
+        kept = self.compile and not self.layout_optimization
+        words = (self.dtype, "channels_last" if self.channels_last else "NCHW",
+                 "compile" if self.compile else "eager",
+                 "layout kept" if kept else "", self.depthwise)
         return ", ".join(filter(None, words))
 
 
@@ -291,9 +274,8 @@ class Recorded:
                 self.result = self.step(*self.inputs)
         except Exception as error:  # each reason has its own class
             self.graph = False
-            line = str(error).strip().splitlines()[0]
-            warnings.warn(f"the step cannot be recorded as a CUDA graph "
-                          f"({line}) and runs as it is", stacklevel=3)
+            warnings.warn("the step cannot be recorded as a CUDA graph ("
+                          f"{brief(error)}) and runs as it is", stacklevel=3)
 
 # %% ../nbs/P4_speed.ipynb #bae7b407
 def make_step(
@@ -350,14 +332,13 @@ def probe(
     report=None,  # called with each `RunSettings` as it is timed
 ) -> list[RunSettings]:  # in the order tried
     "Time every setting; one that fails says why, and the next is tried"
-    every, timed = choices(device), []
-    deadline = time.monotonic() + seconds
-    for choice in every:
+    timed, best, deadline = [], 0.0, time.monotonic() + seconds
+    for choice in choices(device):
         if time.monotonic() > deadline:
             choice = replace(choice, reason=f"not reached in {seconds:.3g} s")
         else:
-            best = max((c.images_per_second for c in timed), default=0)
             choice = _timed(work, choice, device, best)
+        best = max(best, choice.images_per_second)
         timed.append(choice)
         if report:
             report(choice)
@@ -371,15 +352,14 @@ def _timed(work, choice, device, best=0.0):
     try:
         took = time_step(make_step(work, choice, device), device,
                          enough=enough)
+        return replace(choice, images_per_second=work.batch_size / took)
     except Exception as error:  # whatever it is, the next may work
-        lines = str(error).strip().splitlines() or [""]
-        return replace(choice,
-                       reason=f"{type(error).__name__}: {lines[0]}"[:100])
+        reason = f"{type(error).__name__}: {brief(error)}"
+        return replace(choice, reason=reason[:100])
     finally:
         torch._dynamo.reset()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return replace(choice, images_per_second=work.batch_size / took)
 
 # %% ../nbs/P4_speed.ipynb #e46b6cb1
 def choose(
@@ -421,11 +401,10 @@ def profile_step(
             step()
         _wait(device)
     gpu = device.type == "cuda"
-    took = {}
-    for event in seen.key_averages():
-        if gpu == (event.device_type != torch.autograd.DeviceType.CPU):
-            took[event.key] = (event.self_device_time_total if gpu
-                               else event.self_cpu_time_total)
+    took = {event.key: (event.self_device_time_total if gpu
+                        else event.self_cpu_time_total)
+            for event in seen.key_averages()
+            if gpu == (event.device_type != torch.autograd.DeviceType.CPU)}
     total = sum(took.values()) or 1.0
-    ranked = sorted(took.items(), key=lambda pair: -pair[1])[:top]
-    return [(name, t / total) for name, t in ranked]
+    ranked = sorted(took, key=took.get, reverse=True)[:top]
+    return [(name, took[name] / total) for name in ranked]
