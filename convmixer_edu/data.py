@@ -29,7 +29,6 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub import errors as hub
 from PIL import Image, ImageOps, UnidentifiedImageError
-from pyarrow import types as kinds
 from pyarrow.parquet import ParquetFile
 from rich.console import Console
 from rich.progress import track
@@ -446,13 +445,11 @@ def _values(files, column):
                 yield file, group, values
 
 # %% ../nbs/W1_data.ipynb #e670cfce
-_COLUMNS = {  # the note's word for it, its usual names, whether a type fits
-    "picture": ("Image", ("image", "img"), lambda kind: (
-        kinds.is_binary(kind) or kinds.is_large_binary(kind)
-        or kinds.is_struct(kind) and "bytes" in [f.name for f in kind])),
-    "label": ("ClassLabel", ("label", "labels"), lambda kind: (
-        kinds.is_integer(kind) or kinds.is_string(kind)
-        or kinds.is_large_string(kind)))}
+_COLUMNS = {  # the note's word for it, its usual names, the types that fit
+    "picture": ("Image", ("image", "img"),
+                r"(dictionary<values=)?(large_)?binary|struct<(.*, )?bytes:"),
+    "label": ("ClassLabel", ("label", "labels"),
+              r"(dictionary<values=)?(u?int\d|(large_)?string)")}
 
 
 def _columns(schema, source):
@@ -462,9 +459,9 @@ def _columns(schema, source):
         note = json.loads((schema.metadata or {})[b"huggingface"])
         noted = {name: f for name, f in note["info"]["features"].items()
                  if isinstance(f, dict)}  # no note, or no such: none
-    for what, (tag, usual, fits) in _COLUMNS.items():
-        names = [name for name, kind in zip(schema.names, schema.types) if
-                 fits(kind.value_type if kinds.is_dictionary(kind) else kind)]
+    for what, (tag, usual, kinds) in _COLUMNS.items():
+        names = [name for name, kind in zip(schema.names, schema.types)
+                 if re.match(kinds, str(kind))]
         names = [name for name in names
                  if noted.get(name, {}).get("_type") == tag] or names
         expect(names, f"{source} has no {what} column, only "
@@ -476,8 +473,9 @@ def _columns(schema, source):
             tell(f"{source}: {what}s are taken from column {first}, "
                  f"not from {', '.join(rest)}")
     names = noted.get(first, {}).get("names")
-    whole = kinds.is_integer(schema.types[schema.names.index(first)])
-    return *chosen, names if whole and isinstance(names, list) else None
+    kind = str(schema.types[schema.names.index(first)])
+    given = isinstance(names, list) and re.match("u?int", kind)
+    return *chosen, names if given else None
 
 # %% ../nbs/W1_data.ipynb #bd47ba8e
 @cache
@@ -743,9 +741,8 @@ def book_source() -> str:
             if not _on_the_hub(source):  # was it fetched before?
                 _from_hub(source, "train"), _from_hub(source, "test")
         except (ValueError, FileNotFoundError):
-            source = "digits"
-            why = ("CIFAR-10 is not here and the Hugging Face Hub is out of "
-                   "reach")
+            source, why = "digits", ("CIFAR-10 is not here and the Hugging "
+                                     "Face Hub is out of reach")
     if source == "digits":
         print("This page runs on scikit-learn's digits, grey images of 8 "
               f"by 8 pixels,\nbecause {why}.")
