@@ -196,7 +196,8 @@ def _to_rgb(image):
         image = Image.fromarray((grey >> 8).astype(np.uint8))
     if image.mode == "F":
         raise OSError("its pixels are floats (mode F)")
-    if image.mode == "RGBa" or image.has_transparency_data:
+    if image.mode.upper() in ("RGBA", "LA", "PA") or (
+            "transparency" in image.info):
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")

@@ -798,12 +798,12 @@ def units_are_faster(
 ) -> bool:
     "Whether a block trains faster by kernels of our own than as it is"
     block = next((m for m in model.children()
-                  if isinstance(m, nn.Sequential)), None)
-    first = block[0] if block else None
-    if not isinstance(first, Residual) or not _is_unit(
-            list(first.fn.children()), True):
+                  if isinstance(m, nn.Sequential) and len(m)), [None])
+    layers = ([*block[0].fn.children()] if isinstance(block[0], Residual)
+              else [])
+    if not _is_unit(layers, True):
         return False
-    for reason in filter(None, _reasons(list(first.fn.children()), dtype)):
+    for reason in filter(None, _reasons(layers, dtype)):
         logging.getLogger(__name__).warning(
             "no kernels of our own: %s", reason)
         return False
