@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import brief, expect, written_aside
-from .speed import RunSettings, _wait, choices, frozen, time_step
+from .speed import RunSettings, choices, frozen, time_step
 
 # %% ../nbs/P6_deploy.ipynb #81a19ec8
 def affine(
@@ -94,7 +94,7 @@ def clock(
     start = time.perf_counter()
     for _ in range(several):
         function()
-    _wait(device)
+    getattr(torch, device.type).synchronize()
     return (time.perf_counter() - start)/several
 
 

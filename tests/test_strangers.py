@@ -449,9 +449,9 @@ def compilers(tmp_path, monkeypatch):
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.setenv(name, "x")  # to be put back at the end
         monkeypatch.delenv(name)
-    depthwise._temporary.cache_clear()
+    data._temporary.cache_clear()
     yield tmp_path / "tmp"
-    depthwise._temporary.cache_clear()
+    data._temporary.cache_clear()
 
 
 def test_compiled_code_is_kept_below_our_own_cache(compilers, tmp_path, monkeypatch):
