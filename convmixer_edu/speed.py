@@ -304,8 +304,9 @@ def probe(
     report=None,  # called with each `RunSettings` as it is timed
 ) -> list[RunSettings]:  # in the order tried
     "Time every setting; one that fails says why, and the next is tried"
-    timed, best, deadline = [], 0.0, time.monotonic() + seconds
-    for choice in choices(device):
+    every, timed, best = choices(device), [], 0.0
+    deadline = time.monotonic() + seconds
+    for choice in every:
         if time.monotonic() > deadline:
             choice = replace(choice, reason=f"not reached in {seconds:.3g} s")
         else:
