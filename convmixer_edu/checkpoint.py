@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINTS', 'CheckpointError', 'ensure', 'write_atomically', 'write_json', 'sync_folder', 'remove_partial',
-           'claimed', 'write_checkpoint', 'read_checkpoint', 'read_json', 'read_lines', 'check_note', 'step_file',
+           'claimed', 'write_checkpoint', 'read_checkpoint', 'read_json', 'read_lines', 'check_metadata', 'step_file',
            'save_step', 'latest', 'copy_checked', 'run_files', 'Backup', 'seal_run', 'check_run', 'keyed_generator',
            'collect', 'expected_tensors', 'check_tensors', 'restore']
 
@@ -51,9 +51,9 @@ def write_atomically(
             "choose another folder; what is there now is whole") from None
 
 
-def write_json(path: Path, note: dict) -> None:
-    "A note that is whole or not there; raises as `write_atomically` does"
-    write_atomically(path, (json.dumps(note, indent=1) + "\n").encode())
+def write_json(path: Path, metadata: dict) -> None:
+    "A file that is whole or not there; raises as `write_atomically` does"
+    write_atomically(path, (json.dumps(metadata, indent=1) + "\n").encode())
 
 
 def sync_folder(folder: Path) -> None:
@@ -158,37 +158,36 @@ def read_checkpoint(
 def _parse(text, path):
     "A table of names and values, from JSON; or a sentence"
     try:
-        note, wrong = json.loads(text), "it is no table of names and values"
+        found, wrong = json.loads(text), "it is no table of names and values"
     except (ValueError, RecursionError) as error:
-        note, wrong = None, error
-    ensure(isinstance(note, dict), f"{path} is damaged ({wrong}): {_ANEW}")
-    return note
+        found, wrong = None, error
+    ensure(isinstance(found, dict), f"{path} is damaged ({wrong}): {_ANEW}")
+    return found
 
 
-_ANEW = ("expected what a run writes, copy it from the mirror or start a new "
+_ANEW = ("expected what a run writes, copy it from the backup or start a new "
          "run")
 
 # %% ../nbs/W4_checkpoint.ipynb #d15d5508
 def read_json(
-    path: Path,  # a note that a run wrote, such as config.json
+    path: Path,  # that a run wrote, such as config.json
 ) -> dict:
-    "A run's note; `CheckpointError` when it is missing or damaged"
+    "A run's metadata; `CheckpointError` when it is missing or damaged"
     return _parse(_text(Path(path)), path)
 
 
 def read_lines(
     path: Path,  # such as metrics.jsonl
 ) -> list[dict]:
-    "The notes of a file that has one in each line; raises as `read_json`"
-    return [_parse(line, path) for line in
-            _text(Path(path)).splitlines()]
+    "The same from a file with such a table in each line"
+    return [_parse(line, path) for line in _text(Path(path)).splitlines()]
 
 
 def _text(path):
     ensure(path.is_file(), f"{path.parent} holds no run: {path.name} is "
            "missing, expected a folder that a run made")
     try:
-        large = path.stat().st_size > 2**26  # bytes: no note of ours
+        large = path.stat().st_size > 2**26  # bytes: no run writes so many
         return "" if large else path.read_text("utf8")
     except (ValueError, OSError) as error:
         raise CheckpointError(
@@ -198,25 +197,24 @@ def _text(path):
 def _is_kind(value, kind):
     "Whether JSON gave what was expected; [kind] is a list of such"
     if isinstance(kind, list):
-        return isinstance(value, list) and all(
-            _is_kind(v, kind[0]) for v in value)
+        return type(value) is list and all(_is_kind(v, *kind) for v in value)
     if kind is float:
         return type(value) in (int, float) and abs(value) < 1e300
     return type(value) is kind and (kind is not int or abs(value) < 2**63)
 
 
-def check_note(
-    note: dict,
+def check_metadata(
+    metadata: dict,
     kinds: dict,  # name: int, float, str, dict, or a list of one of them
-    path: Path,  # where the note is from
+    path: Path,  # where it is from
     others: set | None = None,  # names that may be there too; None: any
 ) -> None:
     "`CheckpointError` naming the first part that is missing or no such thing"
     for name, kind in kinds.items():
-        what = "no such thing" if name in note else "missing"
-        ensure(name in note and _is_kind(note[name], kind),
+        what = "no such thing" if name in metadata else "missing"
+        ensure(name in metadata and _is_kind(metadata[name], kind),
                f"{path} is damaged ({name} is {what}): {_ANEW}")
-    more = set() if others is None else note.keys() - {*kinds, *others}
+    more = set() if others is None else metadata.keys() - {*kinds, *others}
     ensure(not more, f"{path} says something about "
            f"{', '.join(map(repr, sorted(more))):.60}: expected what this "
            "version writes")
@@ -365,10 +363,10 @@ class Backup:
 # %% ../nbs/W4_checkpoint.ipynb #5ea1ed02
 def seal_run(
     folder: Path,  # a run that has all but its run.json
-    note: dict,  # what run.json will hold
+    result: dict,  # what run.json will hold
 ) -> dict[str, str]:  # name: SHA-256
-    "The digests of a run's files, and of the note without them"
-    rest = {name: part for name, part in note.items() if name != "seal"}
+    "The digests of a run's files, and of the result without them"
+    rest = {name: part for name, part in result.items() if name != "seal"}
     parts = {f.name: f.read_bytes() for f in run_files(folder)
              if not f.name.startswith(("checkpoint-", "run."))}
     parts["run.json"] = json.dumps(rest, sort_keys=True).encode()
@@ -383,17 +381,17 @@ def check_run(
 
     Raises `CheckpointError` for a run that is not what it was. One of a
     version that sealed nothing is believed."""
-    note = read_json(folder / "run.json")
-    if not note.keys() & {"seal", "parts"}:  # up to 0.1.0
-        return note
-    check_note(note, {"seal": dict}, folder / "run.json")
-    now, told = seal_run(folder, note), note["seal"]
+    result = read_json(folder / "run.json")
+    if not result.keys() & {"seal", "parts"}:  # up to 0.1.0
+        return result
+    check_metadata(result, {"seal": dict}, folder / "run.json")
+    now, seal = seal_run(folder, result), result["seal"]
     for name in ("run.json", "config.json", "metrics.jsonl",
-                 "model.safetensors", *told):
-        ensure(name in now and told.get(name) == now[name], f"{folder / name} "
+                 "model.safetensors", *seal):
+        ensure(name in now and seal.get(name) == now[name], f"{folder / name} "
                "is not what the run wrote: it was damaged or changed, copy it "
-               "from the mirror or train again")
-    return note
+               "from the backup or train again")
+    return result
 
 # %% ../nbs/W4_checkpoint.ipynb #62e3ff77
 def keyed_generator(
@@ -450,19 +448,18 @@ def check_tensors(
 def restore(
     model: nn.Module,  # of the same sizes as the one collected
     optimizer: AdamW,  # over the same parameters
-    tensors: dict[str, Tensor],  # what `collect` returned, perhaps more
+    tensors: dict[str, Tensor],  # what `collect` returned
 ) -> None:
     """Put collected tensors back into a model and its optimiser
 
     Raises `CheckpointError` when they belong to a model of another shape."""
-    own = {name: tensor for name, tensor in tensors.items()
-           if name.startswith(("model.", "optimizer."))}
-    begun = any(name.startswith("optimizer.") for name in own)
-    check_tensors(own, expected_tensors(model, optimizer, begun),
+    begun = any(name.startswith("optimizer.") for name in tensors)
+    check_tensors(tensors, expected_tensors(model, optimizer, begun),
                   "the checkpoint belongs to another model")
-    model.load_state_dict({n: own[f"model.{n}"] for n in model.state_dict()})
-    state = {i: {"step": own[f"optimizer.{i}.step"], **{
-        name: torch.empty_like(p).copy_(own[f"optimizer.{i}.{name}"])
+    model.load_state_dict(
+        {name: tensors[f"model.{name}"] for name in model.state_dict()})
+    state = {i: {"step": tensors[f"optimizer.{i}.step"], **{
+        name: torch.empty_like(p).copy_(tensors[f"optimizer.{i}.{name}"])
         for name in ("exp_avg", "exp_avg_sq")}}  # in memory as p is
         for i, p in enumerate(_parameters(optimizer) if begun else [])}
     groups = optimizer.state_dict()["param_groups"]

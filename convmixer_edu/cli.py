@@ -238,12 +238,12 @@ def _settings(pairs, **options):
 # %% ../nbs/W13_command_line.ipynb #78f9eeda
 def _began(run):
     "The source and the device that a run was begun with, as it noted them"
-    from convmixer_edu.checkpoint import check_note, read_json
+    from convmixer_edu.checkpoint import check_metadata, read_json
     note = run / "command.json"
     note = note if note.exists() else run / "config.json"
     told = read_json(note)
     told["device"] = told.get("device") or ""  # None: not asked for
-    check_note(told, {"source": str, "device": str}, note)
+    check_metadata(told, {"source": str, "device": str}, note)
     return told["source"], told["device"] or None
 
 
@@ -307,7 +307,7 @@ def train_command(
     device: Device = None,
     pairs: _option(list[str] | None, "Change one setting of the recipe; may "
                    "be given again.", "--set", metavar="KEY=VALUE") = None,
-    mirror: _option(Path | None, "A second folder that gets a copy of every "
+    backup: _option(Path | None, "A second folder that gets a copy of every "
                     "checkpoint, on a drive for example.",
                     metavar="DIR") = None,
     tensorboard: _option(bool, "Write scalars to DIR/tensorboard.",
@@ -325,8 +325,8 @@ def train_command(
         (weights and not (finetune or resume), "--weights belongs to "
          "--finetune NAME: say which network they are of"))
     run = None
-    if resume:  # what the run's folder knows, or its mirror
-        run = out if (out / "config.json").exists() or not mirror else mirror
+    if resume:  # what the run's folder knows, or its backup
+        run = out if (out / "config.json").exists() or not backup else backup
     config = _recipe(run, preset, _settings(pairs, epochs=epochs, seed=seed),
                      finetune)
     if run:
@@ -345,7 +345,7 @@ def train_command(
             lambda event: _remember(out, ctx.obj, source, device), bar,
             *([TensorBoard(out / "tensorboard")] if tensorboard else []),
             *([Trace(out / "trace.json")] if profile else []))
-        record = train(config, source, out, resume, device, report, mirror,
+        record = train(config, source, out, resume, device, report, backup,
                        first)
     if _FIRST:
         _answer({"run": str(out), **record}, as_json, _show_run)

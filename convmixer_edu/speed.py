@@ -205,12 +205,18 @@ def _compile(part, choice):
 def prepare(
     model: nn.Module,  # changed in place, its values are not
     choice: RunSettings,
+    report=None,  # called with a sentence if it cannot have "units"
 ) -> nn.Module:
-    "The model in the layout chosen, its blocks compiled if so chosen"
+    "The model in the layout chosen, by the kernels, compiled if so chosen"
+    units = choice.depthwise == "units"
+    if choice.depthwise:
+        fast_depthwise(model, "library" if units else choice.depthwise)
     model.to(memory_format=layout(choice.channels_last))
     for part in model.children():
         if choice.compile and isinstance(part, nn.Sequential):
             _compile(part, choice)
+    if units:
+        fast_units(model, getattr(torch, choice.dtype), report)
     return model
 
 # %% ../nbs/P4_speed.ipynb #3b6198ba
@@ -229,9 +235,9 @@ def frozen(
     choice: RunSettings,
 ):  # a function, images (B, c, H, W) -> float32 logits (B, n)
     "The fastest way to evaluate a model as it is now"
-    model = fast_depthwise(deepcopy(model).eval(), "library")
+    model = prepare(deepcopy(model).eval(), replace(
+        choice, compile=False, depthwise="library"))
     device = next(model.parameters()).device
-    prepare(model, replace(choice, compile=False))
     if choice.compile:
         _compile(model, choice)
     freezing = _freezing if choice.compile else contextlib.nullcontext
@@ -314,11 +320,8 @@ def make_step(
         return lambda: forward(x)
     y = torch.arange(w.batch_size, device=device) % w.num_classes
     y = nn.functional.one_hot(y, w.num_classes).float()
-    method = choice.depthwise or w.depthwise
-    model = fast_depthwise(model, "library" if method == "units" else method)
+    choice = replace(choice, depthwise=choice.depthwise or w.depthwise)
     model, scaler = prepare(model, choice), make_scaler(device, dtype)
-    if method == "units":
-        model = fast_units(model, dtype)
     graph = device.type == "cuda" and not scaler.is_enabled()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True,
                                   capturable=graph)

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from . import __version__
 from .checkpoint import (
-    CHECKPOINTS, Backup, check_note, check_run, check_tensors, claimed,
+    CHECKPOINTS, Backup, check_metadata, check_run, check_tensors, claimed,
     collect, ensure, expected_tensors, keyed_generator, latest, remove_partial,
     restore, save_step, seal_run, step_file, write_atomically,
     write_checkpoint, write_json)
 from convmixer_edu.data import (
     ImageSet, expect, load_images, resolve_source, split_holdout,
     stratified_index)
-from .depthwise import choose_method, fast_depthwise
+from .depthwise import choose_method
 from .distributed import (
     all_sum, any_of, from_main, is_main, parallel, rank, setup, shared,
     synchronise_batchnorm, world)
@@ -43,7 +43,7 @@ from .recipe import (
     CHOICES, FREE, Config, augmentation, learning_rate, make_model,
     make_optimizer, read_setup, recipe_digest)
 from .speed import Recorded, RunSettings, Workload, choose, prepare
-from .units import fast_units, units_are_faster
+from .units import units_are_faster
 
 # %% ../nbs/W6_train.ipynb #3ca3472c
 def steps_per_epoch(
@@ -93,13 +93,13 @@ class Run:
         self.facts, self.out, self.backup = facts, out, backup
         self.report = report if report and is_main() else lambda event: None
         self.stats = Statistics(tuple(facts["mean"]), tuple(facts["std"]))
-        self.settings = RunSettings(**facts["choice"])
+        self.settings = RunSettings(**{**facts["choice"],
+                                       "depthwise": facts["depthwise"]})
         self.dtype = getattr(torch, self.settings.dtype)
         self.loader = make_loader(
             c.engine, data, augmentation(c), self.stats.mean, self.stats.std,
             c.seed, device, c.workers, rank(), world())
-        self.model = build_model(c, data, device, facts["depthwise"],
-                                 self.settings)
+        self.model = build_model(c, data, device, self.settings)
         self.ddp_model = parallel(self.model)  # with the other processes
         self.optimizer = make_optimizer(self.model, c)
         self.scaler = make_scaler(device, self.dtype)
@@ -166,8 +166,8 @@ class Run:
         if (meta := from_main(find)) is None:
             return False
         tensors = shared(tensors, self.expected(meta["step"] > 0))
+        self.loss_sum.copy_(tensors.pop("loop.loss_sum"))
         restore(self.model, self.optimizer, tensors)
-        self.loss_sum.copy_(tensors["loop.loss_sum"])
         self.done, self.seconds = meta["step"], meta["seconds"]
         self.metrics, self.parts = meta["metrics"], meta["parts"]
         self.scaler.load_state_dict(meta["scaler"])
@@ -183,11 +183,11 @@ class Run:
         recipe = recipe_digest(self.facts)
         if "version" not in self.facts:  # begun by one that did not note them
             meta.setdefault("recipe", recipe), meta.setdefault("parts", [])
-        check_note(meta, _META, file, set())
+        check_metadata(meta, _META, file, set())
         for line in meta["metrics"]:
-            check_note(line, _LINE, file)
+            check_metadata(line, _LINE, file)
         scaler = dict.fromkeys(self.scaler.state_dict(), float)
-        check_note(meta["scaler"], scaler, file, set())
+        check_metadata(meta["scaler"], scaler, file, set())
         step, epochs = meta["step"], [line["epoch"] for line in meta["metrics"]]
         for right, words in (
                 (meta["recipe"] == recipe, "belongs to another run"),
@@ -225,21 +225,18 @@ def build_model(
     c: Config,
     data: ImageSet,  # decides the classes and the channels
     device: torch.device,
-    depthwise: str = "library",  # how its weight gradient is computed
-    settings: RunSettings | None = None,  # None: layout, compiler as c says
+    settings: RunSettings | None = None,  # None: as c says, nothing measured
 ) -> nn.Sequential:
     "The model of a recipe, its first weights drawn from the recipe's seed"
-    settings = settings or RunSettings(c.channels_last, c.compile)
+    settings = settings or RunSettings(c.channels_last, c.compile,
+                                       depthwise="library")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(c.seed)
         model = make_model(c, len(data.classes), data.images.shape[1])
     if c.init == "covariance":
         covariance_init(model, keyed_generator(c.seed, 3))
-    units, model = depthwise == "units", model.to(device)
-    model = fast_depthwise(model, "library" if units else depthwise)
-    model = prepare(synchronise_batchnorm(model), settings)
-    return fast_units(model, getattr(torch, settings.dtype),
-                      warnings.warn) if units else model
+    model = synchronise_batchnorm(model.to(device))
+    return prepare(model, settings, warnings.warn)
 
 # %% ../nbs/W6_train.ipynb #1996c3a8
 def _take_over(run: Run):
@@ -382,13 +379,10 @@ def train(
     source, backups = resolve_source(source), []  # of the main process only
     keep_freed_memory()
     with ExitStack() as until_the_end:  # or an error: frees the folder
-
-        def begin():
-            backups.append(_claim(out, backup, resume, until_the_end))
-            if world() > 1:
-                _both_sets(config, source)  # the others find the cache
-
-        from_main(begin)
+        from_main(lambda: backups.append(
+            _claim(out, backup, resume, until_the_end)))
+        if world() > 1:  # the others find the cache
+            from_main(lambda: bool(_both_sets(config, source)))
         data, test = _both_sets(config, source)
         aside = min(config.holdout, len(data) // 10)
         data, val = split_holdout(data, aside) if aside else (data, None)
@@ -496,15 +490,15 @@ def _begin(run, resume, init_weights):
 # %% ../nbs/W6_train.ipynb #cb97b4dc
 def _check_same(new, before, old, out):
     "A resumed run is the same run: same recipe, same data, a way to run"
-    note = out / "config.json"
-    check_note(old, {"choice": dict, "depthwise": str}, note)
-    choice = {**dataclasses.asdict(RunSettings()), **old["choice"]}
+    file = out / "config.json"
+    check_metadata(old, {"choice": dict, "depthwise": str}, file)
+    choice = dataclasses.asdict(RunSettings()) | old["choice"]
     kinds = {f.name: f.type for f in dataclasses.fields(RunSettings)}
-    check_note(choice, kinds, note, set())
-    for name, chosen in (("precision", choice["dtype"]),
-                         ("depthwise", old["depthwise"])):
-        ensure(chosen in CHOICES[name][1:], f"{note} is damaged ({name} is "
-               f"{chosen!r:.60}): start a new run")  # a word, but not auto
+    check_metadata(choice, kinds, file, set())
+    for name, word in (("precision", choice["dtype"]),
+                       ("depthwise", old["depthwise"])):
+        ensure(word in CHOICES[name][1:], f"{file} is damaged ({name} is "
+               f"{word!r:.60}): start a new run")  # a word, but not auto
     changed = [f"{name} ({getattr(before, name)} there, {value} now)"
                for name, value in new["config"].items()
                if getattr(before, name) != value and name not in FREE]

@@ -293,31 +293,31 @@ def test_equal_weights_give_equal_bytes(finished, tmp_path):
 
 def test_the_newest_whole_checkpoint_of_both_folders_is_taken(finished, tmp_path):
     run, drive = tmp_path / "run", tmp_path / "drive"
-    stopped(run, mirror=drive)
+    stopped(run, backup=drive)
     for file in run.glob("checkpoint-*"):
         file.write_bytes(file.read_bytes()[:-9])
     steps = []
     with pytest.warns(UserWarning, match="trying an older one"):
-        go_on(run, mirror=drive, report=lambda event: steps.append(event.get("step")) and False)
+        go_on(run, backup=drive, report=lambda event: steps.append(event.get("step")) and False)
     assert steps[0] == 7 and equal(weights(run), weights(finished))
     assert {f.name: f.read_bytes() for f in run_files(run)} == {f.name: f.read_bytes() for f in run_files(drive)}
 
 
-def test_a_mirror_that_is_ahead_is_used_and_never_loses_what_is_newer(run, finished, tmp_path):
+def test_a_backup_that_is_ahead_is_used_and_never_loses_what_is_newer(run, finished, tmp_path):
     drive = Path(shutil.copytree(run, tmp_path / "drive"))
     for file in run.glob("checkpoint-*"):
         file.unlink()
     with pytest.raises(t.Stopped):
-        go_on(run, mirror=drive, report=until(7))
+        go_on(run, backup=drive, report=until(7))
     assert [f.name for f in run.glob("checkpoint-*")] == ["checkpoint-000000007.safetensors"]
     assert latest(drive)[1]["step"] == 7
     (run / "checkpoint-000000007.safetensors").unlink()
     with pytest.warns(UserWarning, match="begins again with its first step"), pytest.raises(t.Stopped):
         go_on(run, report=until(2))  # the drive is not there
     with pytest.raises(t.Stopped):
-        go_on(run, mirror=drive, report=until(8))
+        go_on(run, backup=drive, report=until(8))
     assert latest(drive)[1]["step"] == 8
-    go_on(run, mirror=drive)
+    go_on(run, backup=drive)
     assert equal(weights(run), weights(finished))
 
 
