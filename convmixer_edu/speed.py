@@ -207,7 +207,7 @@ def prepare(
     choice: RunSettings,
     report=None,  # called with a sentence if it cannot have "units"
 ) -> nn.Module:
-    "The model in the layout chosen, by the kernels, compiled if so chosen"
+    "The model in the layout, with the kernels and the compiler chosen"
     units = choice.depthwise == "units"
     if choice.depthwise:
         fast_depthwise(model, "library" if units else choice.depthwise)

@@ -91,6 +91,7 @@ class Run:
                  out: Path | None = None, val=None, backup=None, report=None):
         self.c, self.data, self.val, self.device = c, data, val, device
         self.facts, self.out, self.backup = facts, out, backup
+        self.world, gpu = world(), device.type == "cuda"
         self.report = report if report and is_main() else lambda event: None
         self.stats = Statistics(tuple(facts["mean"]), tuple(facts["std"]))
         self.settings = RunSettings(**{**facts["choice"],
@@ -98,13 +99,13 @@ class Run:
         self.dtype = getattr(torch, self.settings.dtype)
         self.loader = make_loader(
             c.engine, data, augmentation(c), self.stats.mean, self.stats.std,
-            c.seed, device, c.workers, rank(), world())
+            c.seed, device, c.workers, rank(), self.world)
         self.model = build_model(c, data, device, self.settings)
         self.ddp_model = parallel(self.model)  # with the other processes
         self.optimizer = make_optimizer(self.model, c)
         self.scaler = make_scaler(device, self.dtype)
         self.batch = min(c.batch_size, len(data))
-        self.steps = steps_per_epoch(len(data), c.batch_size)
+        self.steps = steps_per_epoch(len(data), self.batch)
         self.total = c.epochs * self.steps
         self.machine = who_ran(device, self.dtype)
         self.parts, self.metrics = [], []  # one for each machine, each epoch
@@ -112,10 +113,9 @@ class Run:
         exact = torch.float32 if device.type == "mps" else torch.float64
         self.loss_sum = torch.zeros((), dtype=exact, device=device)
         self.waiting = []  # losses on their way from the GPU
-        gpu, many = device.type == "cuda", world() > 1
-        self.every = 20 if gpu else 10 if many else 1  # steps, then a look
+        self.every = 20 if gpu else 10 if self.world > 1 else 1  # steps, a look
         self.given, self.step = self.loader.batches, self._step
-        if gpu and not many and (
+        if gpu and self.world == 1 and (
                 c.engine == "batched" and not self.scaler.is_enabled()):
             self.given = lambda epoch, picked: (
                 (self.loader.pack(epoch, *pick),) for pick in picked)
@@ -141,7 +141,7 @@ class Run:
 
     def save(self):
         "Write a checkpoint of where the run is"
-        loss_sum = all_sum(self.loss_sum.clone()) / world()
+        loss_sum = all_sum(self.loss_sum.clone()) / self.world
         if is_main():
             tensors = collect(self.model, self.optimizer)
             tensors["loop.loss_sum"] = loss_sum.cpu().double()
@@ -287,7 +287,7 @@ def _loop(run: Run, stop):
             enough = look and _report(run, loss)
             if run.done % run.steps == 0:
                 _end_epoch(run, epoch)
-            if world() > 1 and not look:
+            if run.world > 1 and not look:
                 continue  # they ask each other now and then, not each time
             stopped = any_of(bool(stop or enough))
             due = time.monotonic() - saved >= run.c.checkpoint_seconds
@@ -325,7 +325,7 @@ def _check_finite(run, loss, done):
 # %% ../nbs/W6_train.ipynb #b9cdda0b
 def _report(run: Run, loss):
     "Tell of the losses that have arrived; whether whoever hears says stop"
-    loss = all_sum(loss.clone()) / world()  # of all processes' images
+    loss = all_sum(loss.clone()) / run.world  # of all processes' images
     speed = run.done * run.batch / run.seconds
     run.waiting.append((_later(loss), {
         "event": "step", "epoch": (run.done - 1) // run.steps + 1,
@@ -344,7 +344,7 @@ def _report(run: Run, loss):
 # %% ../nbs/W6_train.ipynb #b9cdda0c
 def _end_epoch(run: Run, epoch):
     "Note what the epoch gave; look at the held-out images if there are any"
-    loss = float(all_sum(run.loss_sum)) / world() / run.steps
+    loss = float(all_sum(run.loss_sum)) / run.world / run.steps
     run.loss_sum.zero_()
     line = {"epoch": epoch + 1, "loss": loss,
             "lr": float(run.optimizer.param_groups[0]["lr"]),
@@ -518,11 +518,11 @@ def _choose(c, data, device):
     dtype, method = choose_precision(device, c.precision), c.depthwise
     settings = RunSettings(c.channels_last, c.compile, dtype=dtype_name(dtype))
     if method == "auto" and device.type == "cuda":  # they hang together
-        found = choose(Workload(
-            c.dim, c.depth, c.kernel_size, c.patch_size, batch, height,
-            channels, len(data.classes), depthwise="auto"), device)
-        settings = dataclasses.replace(found, dtype=settings.dtype)
-        method = found.depthwise
+        work = Workload(c.dim, c.depth, c.kernel_size, c.patch_size, batch,
+                        height, channels, len(data.classes), depthwise="auto")
+        settings = dataclasses.replace(choose(work, device),
+                                       dtype=settings.dtype)
+        method = settings.depthwise
     elif method == "auto":
         shape = batch, c.dim, side, side
         method = measured(
