@@ -141,15 +141,13 @@ class Run:
 
     def save(self):
         "Write a checkpoint of where the run is"
-        loss_sum = all_sum(self.loss_sum.clone()) / self.world
+        loss_sum = float(all_sum(self.loss_sum.clone())) / self.world
         if is_main():
-            tensors = collect(self.model, self.optimizer)
-            tensors["loop.loss_sum"] = loss_sum.cpu().double()
-            save_step(self.out, self.done, tensors, {
-                "step": self.done, "seconds": self.seconds,
-                "metrics": self.metrics, "parts": self.parts,
-                "scaler": self.scaler.state_dict(),
-                "recipe": recipe_digest(self.facts)})
+            save_step(self.out, self.done, collect(self.model, self.optimizer),
+                      {"step": self.done, "seconds": self.seconds,
+                       "loss_sum": loss_sum, "metrics": self.metrics,
+                       "parts": self.parts, "scaler": self.scaler.state_dict(),
+                       "recipe": recipe_digest(self.facts)})
             if self.backup:
                 self.backup.update()
 
@@ -165,18 +163,13 @@ class Run:
 
         if (meta := from_main(find)) is None:
             return False
-        tensors = shared(tensors, self.expected(meta["step"] > 0))
-        self.loss_sum.copy_(tensors.pop("loop.loss_sum"))
-        restore(self.model, self.optimizer, tensors)
+        like = expected_tensors(self.model, self.optimizer, meta["step"] > 0)
+        restore(self.model, self.optimizer, shared(tensors, like))
+        self.loss_sum.fill_(meta["loss_sum"])
         self.done, self.seconds = meta["step"], meta["seconds"]
         self.metrics, self.parts = meta["metrics"], meta["parts"]
         self.scaler.load_state_dict(meta["scaler"])
         return True
-
-    def expected(self, begun: bool) -> dict[str, Tensor]:
-        "Of which names, shapes and types a checkpoint's tensors must be"
-        return {**expected_tensors(self.model, self.optimizer, begun),
-                "loop.loss_sum": torch.zeros((), dtype=torch.float64)}
 
     def check(self, file: Path, tensors: dict, meta: dict):
         "Raises `CheckpointError` for a checkpoint that is none of this run"
@@ -200,8 +193,9 @@ class Run:
                 (meta["seconds"] >= 0, "took less than no time")):
             ensure(right, f"{file} {words}: expected a checkpoint of the run "
                    "that config.json describes")
-        check_tensors(tensors, self.expected(step > 0),
-                      f"{file} belongs to another model")
+        check_tensors(
+            tensors, expected_tensors(self.model, self.optimizer, step > 0),
+            f"{file} belongs to another model")
 
     def score(self, data: ImageSet) -> dict:
         "How good the network is; compiling it anew for that would not pay"
@@ -216,8 +210,8 @@ class Run:
             write_atomically(self.out / "metrics.jsonl", lines.encode())
 
 
-_META = {"step": int, "seconds": float, "metrics": [dict], "scaler": dict,
-         "recipe": str, "parts": [dict]}
+_META = {"step": int, "seconds": float, "loss_sum": float, "metrics": [dict],
+         "parts": [dict], "scaler": dict, "recipe": str}
 _LINE = {"epoch": int, "loss": float, "lr": float, "seconds": float}
 
 # %% ../nbs/W6_train.ipynb #14dcb62e
