@@ -104,8 +104,9 @@ class Run:
         self.ddp_model = parallel(self.model)  # with the other processes
         self.optimizer = make_optimizer(self.model, c)
         self.scaler = make_scaler(device, self.dtype)
-        self.batch = min(c.batch_size, len(data))
-        self.steps = steps_per_epoch(len(data), self.batch)
+        self.images = len(data)
+        self.batch = min(c.batch_size, self.images)
+        self.steps = steps_per_epoch(self.images, self.batch)
         self.total = c.epochs * self.steps
         self.machine = who_ran(device, self.dtype)
         self.parts, self.metrics = [], []  # one for each machine, each epoch
@@ -272,7 +273,7 @@ def _loop(run: Run, stop):
     run.ddp_model.train()
     while run.done < run.total:
         epoch, start = divmod(run.done, run.steps)
-        picked = picks(len(run.data), run.c, epoch, start)
+        picked = picks(run.images, run.c, epoch, start)
         for given in run.given(epoch, picked):
             loss = run.update(given, (run.done + 1) / run.total)
             run.done += 1
@@ -416,19 +417,19 @@ def _check_torch():
 
 def _check_data(c, data, test):
     "What must be true of the data before anything is built"
-    _, channels, height, width = data.images.shape
-    batch, n = min(c.batch_size, len(data)), world()
-    expect(data.classes == test.classes, "the training images are of the "
-           f"classes {', '.join(data.classes)}, the test images of "
-           f"{', '.join(test.classes)}", "the same in both")
+    n, channels, height, width = data.images.shape
+    batch, many = min(c.batch_size, n), world()
+    expect(data.classes == test.classes, "train has the classes "
+           f"{', '.join(data.classes)}, test {', '.join(test.classes)}",
+           "the same in both")
     expect(not c.start or channels == 3, f"the weights of {c.start} want "
            f"images of 3 channels, these have {channels}", "colour images")
     expect(min(height, width) >= c.patch_size, f"patch_size is {c.patch_size}"
-           f", larger than the images ({height} x {width})", "at most "
-           "their side")
-    expect(n == 1 or batch % (2*n) == 0, f"a batch of {batch} images cannot "
-           f"be shared by {n} processes in pairs", f"a batch_size that {2*n} "
-           "divides")
+           f", larger than the images ({height} x {width})",
+           "at most their side")
+    expect(many == 1 or batch % (2*many) == 0, f"a batch of {batch} images "
+           f"cannot be shared by {many} processes in pairs",
+           f"a batch_size that {2*many} divides")
 
 # %% ../nbs/W6_train.ipynb #7b5b3d7a
 def _claim(out, backup, resume, until_the_end):
@@ -565,7 +566,7 @@ def _finish(run: Run, test):
             run.out / "model.safetensors", run.model.state_dict(),
             {"kind": "weights", "recipe": recipe_digest(run.facts)})
     seen = run.score(test)
-    some = stratified_index(run.data.labels.cpu(), min(10_000, len(run.data)))
+    some = stratified_index(run.data.labels.cpu(), min(10_000, run.images))
     own = run.score(run.data.subset(some))
     record = {
         "test_accuracy": round(seen["accuracy"], 3),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from convmixer_edu.checkpoint import (CheckpointError, Backup, collect, copy_checked, keyed_generator, latest,
+from convmixer_edu.checkpoint import (Backup, CheckpointError, collect, copy_checked, keyed_generator, latest,
                                       read_checkpoint, remove_partial, restore, run_files, save_step, write_atomically,
                                       write_checkpoint)
 

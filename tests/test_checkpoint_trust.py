@@ -174,6 +174,7 @@ CONFIG = {  # of config.json: what is changed, and a word of the sentence
     "start": ({"config": {"start": 7}}, "start is 7"), "limit": ({"config": {"limit": {}}}, "limit"),
     "size": ({"config": {"image_size": 10**9}}, "image_size"), "unknown": ({"config": {"x": 1}}, "no setting 'x'"),
     "retired": ({"config": {"alternating": True}}, "alternating is True, which this version cannot do"),
+    "retired too": ({"config": {"probe": True}}, "probe is True, which this version cannot do"),
     "config": ({"config": []}, "config"), "classes": ({"classes": "cat"}, "classes"), "numbers": ({"classes": [1]}, "classes"),
     "no classes": ({"classes": []}, "classes"), "channels": ({"channels": "3"}, "channels"),
     "channels many": ({"channels": 10**6}, "do not go together"), "mean": ({"mean": [0.5, 0.5]}, "do not go together"),
