@@ -369,7 +369,7 @@ def test_no_message_shows_a_temporary_name(call, tmp_path, monkeypatch):
 
     monkeypatch.setattr(call, full)
     messages = []
-    for write in (lambda: write_atomically(tmp_path / "x", b"1"), lambda: deploy.export_torch(torch.nn.ReLU(), (3, 4, 4), tmp_path / "x")):
+    for write in (lambda: write_atomically(tmp_path / "x", b"1"), lambda: deploy.export(torch.nn.ReLU(), (3, 4, 4), tmp_path / "x", "torch.export")):
         with pytest.raises(ValueError, match="x could not be written .No space left on device.: make room") as told:
             write()
         messages.append(str(told.value))
@@ -449,9 +449,9 @@ def compilers(tmp_path, monkeypatch):
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.setenv(name, "x")  # to be put back at the end
         monkeypatch.delenv(name)
-    depthwise._temporary.cache_clear()
+    data._temporary.cache_clear()
     yield tmp_path / "tmp"
-    depthwise._temporary.cache_clear()
+    data._temporary.cache_clear()
 
 
 def test_compiled_code_is_kept_below_our_own_cache(compilers, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ export function patches({ p, c = 3, s = 224 }) {
 }
 
 function slider(name, text, options, value, changed) {
-  const label = document.createElement("label"), input = document.createElement("input"), shown = document.createElement("output")
+  const label = document.createElement("label"), input = document.createElement("input"), shown = document.createElement("span") // not <output>: it would be read out beside the sentence
   Object.assign(input, { type: "range", min: 0, max: options.length - 1, value: options.indexOf(value) })
   const tell = () => {
     shown.textContent = options[input.value]
