@@ -70,11 +70,13 @@ def _draw_crop(recipe, count, size, generator):
         lines.append(look * (2 / length) - 1)
     return np.concatenate(lines, 1)  # (B, H + W)
 
-
-def _sample(images, x, y):
-    "Images (B, C, H, W) looked up at places (B, H, W), bilinearly."
-    return F.grid_sample(images, torch.stack([x, y], -1), align_corners=False,
-                         padding_mode="border")
+# %% ../nbs/W2_augment.ipynb #crop0001
+def _crop(images, lines):
+    "Float images (B, C, H, W) looked up at their lines (B, H + W)."
+    y, x = lines.split(images.shape[2:], 1)
+    grid = torch.broadcast_tensors(x[:, None], y[..., None])  # (B, H, W)
+    return F.grid_sample(images, torch.stack(grid, -1), padding_mode="border",
+                         align_corners=False)
 
 # %% ../nbs/W2_augment.ipynb #670614a9
 MATRICES = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
@@ -83,31 +85,28 @@ OPS = ("Identity", "AutoContrast", "Equalize", "Invert", "Posterize",
        "Sharpness", *MATRICES)
 
 
-def _blend(f, n, names, k):
+def _blend(f, n, bands, k):
     "plain + factor * (f - plain), cut off as Pillow does; keeps n's bits."
     grey = f
     if k.shape[0] == 3:  # Pillow's luminance: sixteen bits, exact in float32
         grey = torch.addcmul(k.half, f, k.luma).sum(1, keepdim=True).floor()
     mean = (grey.sum((1, 2), keepdim=True) * n.mean).round()
     plain = torch.addcmul(mean, n.grey, grey)
-    if "Sharpness" in names:  # Pillow's SMOOTH: neighbours 1, the centre 5
+    if bands:  # Pillow's SMOOTH: neighbours weigh 1, the centre 5
         image = f.view(-1, *k.shape[1:])  # (BC, H, W)
-        down, along = (t.expand(len(image), -1, -1)
-                       for t in (k.down, k.along))
-        box = torch.bmm(image, along)  # sums of three, left to right
-        box = torch.baddbmm(image, down, box, beta=4 / 13, alpha=1 / 13)
+        box = torch.bmm(image, bands[1])  # sums of three, left to right
+        box = torch.baddbmm(image, bands[0], box, beta=4 / 13, alpha=1 / 13)
         smooth = f.lerp(box.round_().view(f.shape), k.inner)  # rim stays
         plain = torch.addcmul(plain, n.smooth, smooth)
     f = (f - plain).mul_(n.factor).add_(plain).clamp_(0, 255)
     return f.floor_().mul_(n.step)
 
 # %% ../nbs/W2_augment.ipynb #63c68b2b
-def _points(f, n, names, k):
+def _points(f, n, names, zeros, bands, k):
     "All operations but the five that move pixels; whole levels (B, C, HW)."
     if "Equalize" in names:  # and AutoContrast
         value = f.long()
-        counts = f.new_zeros(*f.shape[:2], 256).scatter_add_(
-            2, value, n.equal.expand(f.shape))
+        counts = zeros.scatter_add(2, value, n.equal.expand(f.shape))
         darker = (counts.cumsum(2) - counts).gather(2, value)
         place = torch.addcmul(darker, f - f.amin(2, keepdim=True), n.auto)
         step = place.amax(2, keepdim=True).floor_divide(255)
@@ -116,87 +115,116 @@ def _points(f, n, names, k):
         f = torch.where(f < 128, f + n.add, f)
     if "Solarize" in names:
         f = torch.where(f < n.top, f, 255 - f)
-    return _blend(f, n, names, k)
+    return _blend(f, n, bands, k)
 
 # %% ../nbs/W2_augment.ipynb #83d5af66
-def _matrix(op, args, height, width, nearest):
-    "Where a pixel comes from: M of (x, y) = M (x, y, 1), column by column."
-    drew = {name: args * op[name] for name in MATRICES}
+def _matrix(ops, args, height, width, whole):
+    "Where a pixel comes from: (x, y) = M (x, y, 1), as (3, 2, B)."
+    drew = {name: args * (ops == OPS.index(name)) for name in MATRICES}
     turn = np.deg2rad(drew["Rotate"])
     cos, sin, x0, y0 = np.cos(turn), np.sin(turn), width / 2, height / 2
     right, down = drew["TranslateX"] * width, drew["TranslateY"] * height
-    if nearest:  # torchvision moves by whole pixels
+    if whole:  # torchvision moves by whole pixels
         right, down = np.trunc(right), np.trunc(down)
-    return (cos, sin + drew["ShearY"], drew["ShearX"] - sin, cos,
-            x0 - cos * x0 + sin * y0 + right,
-            y0 - sin * x0 - cos * y0 + down)
+    return np.array([
+        [cos, sin + drew["ShearY"]], [drew["ShearX"] - sin, cos],
+        [x0 - cos * x0 + sin * y0 + right, y0 - sin * x0 - cos * y0 + down]])
 
 
-def _move(f, m, moved, nearest, k):
-    "Turn, shear or move each image by m (3, 2, B, 1, 1); k.fill comes in."
-    at = m[0] * k.x + m[1] * k.y + m[2]  # (2, B, 1, HW)
-    within = at.clamp(k.first, k.last)
-    inside, (c, h, w) = (at == within).all(0), k.shape
+def _looks(m, nearest, k):
+    "Places to look at and whether they are inside, for each of n matrices."
+    at = m[0] * k.x + m[1] * k.y + m[2]
+    within = at.clamp(k.first, k.last)  # (2n, B, 1, HW): the x, then the y
+    x, y = (at == within).chunk(2)
+    inside = (x & y).unbind()  # n times (B, 1, HW)
+    c, h, w = k.shape
     if nearest:
-        x, y = within.long()
-        place = torch.add(x, y, alpha=w).expand(-1, c, -1)
+        x, y = within.long().chunk(2)
+        place = torch.add(x, y, alpha=w).expand(-1, -1, c, -1)
+    else:
+        place = torch.stack((at * k.scale - 1).chunk(2), -1)
+        place = place.view(-1, *place.shape[1:2], h, w, 2)
+    return list(zip(place.unbind(), inside))
+
+
+def _move(f, n, look, nearest, k):
+    "Turn, shear or move each image; `fill` comes in from outside."
+    place, inside = look
+    if nearest:
         return torch.where(inside, f.gather(2, place), k.fill)
-    out = _sample(f.view(-1, c, h, w), *(at * k.scale - 1).view(2, -1, h, w))
-    out = torch.where(inside, out.flatten(2).add_(1e-3).floor_(), k.fill)
-    return f.lerp(out, moved)  # cut off, as Pillow does
+    out = F.grid_sample(f.view(-1, *k.shape), place, padding_mode="border",
+                        align_corners=False).flatten(2)
+    out = torch.where(inside, out.add_(1e-3).floor_(), k.fill)  # cuts
+    return f.lerp(out, n.moved)
 
 # %% ../nbs/W2_augment.ipynb #numb0001
 _Numbers = namedtuple("_Numbers", "auto equal half add top mean grey smooth "
                       "factor step moved")
 
 
-def _numbers(ops, args, shape, nearest=False):
-    "What operations are to the kernels: of each its matrix and 11 numbers."
-    c, h, w = shape
-    args = np.asarray(args, np.float64)
+def _numbers(ops, args, pixels):
+    "What the operations (B,) are to the kernels: a row for each number."
     op = {name: ops == i for i, name in enumerate(OPS)}
     blends = op["Brightness"] | op["Contrast"] | op["Color"] | op["Sharpness"]
     step = np.exp2((8 - np.ceil(args)) * op["Posterize"])  # of its levels
-    return np.stack(_matrix(op, args, h, w, nearest) + _Numbers(
+    return np.stack(_Numbers(
         auto=op["AutoContrast"] * 2.0**20, equal=op["Equalize"],
         half=np.where(op["Equalize"], 0.5, 1e-3),  # rounds, or cuts off
         add=np.trunc(args * op["SolarizeAdd"]),
         top=np.where(op["Solarize"], args, np.where(op["Invert"], -1, 1e9)),
-        mean=op["Contrast"] * (1 + 2**-22)  # a half goes up
-        / (h * w * (1 if c == 3 else c)),
+        mean=op["Contrast"] * (1 + 2**-22) / pixels,  # a half goes up
         grey=op["Color"], smooth=op["Sharpness"],
         factor=np.where(blends, args, 1 / step), step=step,
-        moved=ops >= len(OPS) - len(MATRICES)), -1)
+        moved=ops >= len(OPS) - len(MATRICES)))
 
 # %% ../nbs/W2_augment.ipynb #cons0001
-def _constants(shape, device, fill=0.0):
+def _constants(shape, device, fill=0.0, n=1):
     "What the kernels need and no draw changes, for images (C, H, W)."
     c, h, w = shape
     fill = np.asarray(fill, np.float64)
     expect(fill.shape in ((), (c,)) and ((0 <= fill) & (fill <= 1)).all(),
            f"fill is {fill}", f"a number from 0 to 1, or {c} of them")
     y, x = np.divmod(np.arange(h * w), w)
-    side = np.float32([w, h]).reshape(2, 1, 1, 1)
-    near = {n: np.tri(n, k=1) * np.tri(n, k=1).T for n in (h, w)}
-    k = {"x": x + 0.5, "y": y + 0.5, "down": near[h], "along": near[w],
-         "inner": (x > 0) & (x < w - 1) & (y > 0) & (y < h - 1),
-         "first": side * 0, "last": np.nextafter(side, np.float32(0)),
-         "scale": 2 / side, "half": np.array([[0.5], [0], [0]]),
-         "luma": np.array([[19595], [38470], [7471]]) / 2**16,
-         "fill": np.zeros((c, 1)) + np.round(fill * 255).reshape(-1, 1)}
-    return SimpleNamespace(shape=tuple(shape), **{
-        name: _send(value, device) for name, value in k.items()})
+    inner = (x > 0) & (x < w - 1) & (y > 0) & (y < h - 1)
+    side = np.repeat(np.float32([w, h]), n)[:, None, None, None]
+    luma = np.array([19595, 38470, 7471])[:, None] / 2**16
+    level = np.zeros((c, 1)) + np.round(fill * 255).reshape(-1, 1)
+    given = {"x": x + 0.5, "y": y + 0.5, "inner": inner, "first": side * 0,
+             "last": np.nextafter(side, np.float32(0)), "scale": 2 / side,
+             "luma": luma, "half": np.array([[0.5], [0], [0]]), "fill": level}
+    for name, n in (("columns", h), ("rows", w)):  # ones near the diagonal
+        given[name] = abs(np.subtract.outer(*[np.arange(n)] * 2)) < 2
+    k = {name: _send(value, device) for name, value in given.items()}
+    return SimpleNamespace(**k, shape=tuple(shape))
 
 # %% ../nbs/W2_augment.ipynb #many0001
+def _rows(draws, names, nearest, shape):
+    "Drawn (ops, args) as (11 n, B) numbers, (6 n, B) more if pixels move."
+    c, h, w = shape
+    draws = [(ops, np.asarray(args, np.float64)) for ops, args in draws]
+    rows = [_numbers(*draw, h * w * (1 if c == 3 else c)) for draw in draws]
+    if names & {*MATRICES}:
+        moves = np.stack([_matrix(*draw, h, w, nearest) for draw in draws], 2)
+        rows.append(moves.reshape(6 * len(draws), -1))
+    return np.concatenate(rows)
+
+
 def _many(f, rows, names, nearest, k):
     "n operations an image, one after the other, on levels (B, C, HW)."
-    rows = rows.unflatten(1, (-1, 6 + len(_Numbers._fields)))  # (B, n, 17)
-    for numbers in rows.permute(1, 2, 0)[..., None, None]:
-        n = _Numbers(*numbers[6:])
-        f = _points(f, n, names, k)
-        if "Rotate" in names:
-            m = numbers[:6].unflatten(0, (3, 2))
-            f = _move(f, m, n.moved, nearest, k)
+    moves, size = names & {*MATRICES}, len(_Numbers._fields)
+    count = len(rows) // (size + 6 * bool(moves))
+    numbers, *looks = rows.split((count * size, *[2 * count] * bool(
+        moves) * 3))
+    numbers = numbers.unbind()
+    looks = _looks(looks, nearest, k) if moves else None
+    b, c, _ = f.shape
+    zeros = f.new_zeros(b, c, 256) if "Equalize" in names else None
+    bands = "Sharpness" in names and [
+        t.expand(b * c, -1, -1) for t in (k.columns, k.rows)]
+    for i in range(count):
+        n = _Numbers(*numbers[i * size:(i + 1) * size])
+        f = _points(f, n, names, zeros, bands, k)
+        f = _move(f, n, looks[i], nearest, k) if moves else f
     return f
 
 # %% ../nbs/W2_augment.ipynb #775a4ada
@@ -218,9 +246,10 @@ def apply_ops(
            f", args {args.shape}", f"twice ({count},)")
     expect(np.isin(ops, range(len(OPS))).all(), f"ops are {ops.min()} to "
            f"{ops.max()}", f"0 to {len(OPS) - 1}")
-    k = _constants(shape, images.device, fill)
-    rows = _send(_numbers(ops, args, shape, nearest), images.device)
-    f = _many(images.float().flatten(2), rows, OPS, nearest, k)
+    rows = _rows([(ops, args)], {*OPS}, nearest, shape)
+    f = _many(images.float().flatten(2),
+              _send(rows[..., None, None], images.device), {*OPS}, nearest,
+              _constants(shape, images.device, fill))
     return f.to(torch.uint8).view(images.shape)
 
 # %% ../nbs/W2_augment.ipynb #c7d5d592
@@ -285,7 +314,7 @@ def _draw_jitter(strength, count, generator):
     order = _uniform(generator, count, 3).argsort(1)
     args = 1 + strength * (2 * _uniform(generator, count, 3) - 1)
     ids = np.array([OPS.index(name) for name in _JITTER])
-    return ids[order], args.astype(np.float32)  # (B, 3)
+    return list(zip(ids[order.T], args.T.astype(np.float32)))
 
 # %% ../nbs/W2_augment.ipynb #d5632c5f
 def normalize(
@@ -313,15 +342,16 @@ def _scale(mean, std, c, device, top=255):
 
 # %% ../nbs/W2_augment.ipynb #eras0001
 def _draw_erase(recipe, count, shape, generator):
-    """Boxes (B, 4), empty without a hit, and noise (B, CHW), 0 there.
+    """Boxes (4, B), empty without a hit, and noise (B, CHW), 0 there.
 
     As timm draws them: 0.02 to 1/3 of the image, 0.3 to 1/0.3 times as high
     as wide, the first of ten that fits, else none."""
-    parts = {"box": np.zeros((count, 4))}
+    parts = {"box": np.zeros((4, count))}
     hit = (_uniform(generator, count) < recipe.erase).nonzero()[0]
-    sides, start, fits = _boxes((0.02, 1 / 3), (1 / 0.3, 0.3), shape[1:],
-                                generator, len(hit), 1)  # never a whole side
-    parts["box"][hit] = np.concatenate([start, start + sides * fits]).T
+    sides, (top, left), fits = _boxes((0.02, 1 / 3), (1 / 0.3, 0.3), shape[1:],
+                                      generator, len(hit), 1)
+    height, width = sides * fits
+    parts["box"][:, hit] = top, top + height, left, left + width
     if recipe.erase_mode == "pixel":
         noise = parts["noise"] = np.zeros((count, np.prod(shape)), np.float32)
         noise[hit] = torch.randn(len(hit), noise.shape[1], dtype=torch.float32,
@@ -330,13 +360,13 @@ def _draw_erase(recipe, count, shape, generator):
 
 
 def _inside(box, k):
-    "Which pixels lie in the boxes (B, 4): bool (B, 1, HW)."
-    top, left, bottom, right = box[..., None, None].unbind(1)
+    "Which pixels lie in the boxes (4, B, 1, 1): bool (B, 1, HW)."
+    top, bottom, left, right = box.unbind()
     return (k.y > top) & (k.y < bottom) & (k.x > left) & (k.x < right)
 
 # %% ../nbs/W2_augment.ipynb #mixd0001
-def _draw_mix(recipe, count, size, generator):
-    """timm's draws for a batch as rows (B, 8), the same for all images.
+def _draw_mix(mixup, cutmix, count, size, generator):
+    """timm's draws for a batch as rows (8, B), the same for all images.
 
     Share of the image itself and of its partner, for pixels outside of the
     box and for targets, then the box. timm draws from numpy's generator: it
@@ -344,27 +374,26 @@ def _draw_mix(recipe, count, size, generator):
     from timm.data import Mixup  # slow to import
     from timm.data.mixup import cutmix_bbox_and_lam
 
-    mixer, before = Mixup(recipe.mixup, recipe.cutmix), np.random.get_state()
     seed = int(torch.randint(2**31, (), generator=generator))
+    mixer, before = Mixup(mixup, cutmix), np.random.get_state()
     try:
         np.random.seed(seed)
         share, cut = mixer._params_per_batch()
-        own, top, left, bottom, right = share, 0, 0, 0, 0
+        own, box = share, (0, 0, 0, 0)
         if cut:
-            box, share = cutmix_bbox_and_lam(size, share)
-            own, (top, bottom, left, right) = 1.0, box
+            own, (box, share) = 1.0, cutmix_bbox_and_lam(size, share)
     finally:
         np.random.set_state(before)
-    row = own, 1 - own, share, 1 - share, top, left, bottom, right
-    return np.broadcast_to(row, (count, 8))
+    rows = np.array([own, 1 - own, share, 1 - share, *box])
+    return np.broadcast_to(rows[:, None], (8, count))
 
 
 def _mix(x, y, rows, k):
     "x (B, C, HW) and y (B, n) mixed with the same in reverse."
-    own, other, mine, yours, box = rows.split((1, 1, 1, 1, 4), 1)
+    pixels, targets, box = rows.split_with_sizes((2, 2, 4))
     inside = _inside(box, k)  # (B, 1, HW): all the partner's
-    own = own[..., None].masked_fill(inside, 0)
-    other = other[..., None].masked_fill(inside, 1)
+    (own, other), (mine, yours) = pixels.unbind(), targets.flatten(2).unbind()
+    own, other = own.masked_fill(inside, 0), other.masked_fill(inside, 1)
     return x * own + x.flip(0) * other, y * mine + y.flip(0) * yours
 
 # %% ../nbs/W2_augment.ipynb #daf76165
@@ -447,6 +476,9 @@ class Augment:
         return kernels, kernels.unpack(packed.to(device, non_blocking=True))
 
 # %% ../nbs/W2_augment.ipynb #kern0001
+_BY_IMAGE = {"crop", "noise"}  # a row an image; all others, a column
+
+
 class Kernels:
     """A recipe at work: all draws of a step first, then all kernels.
 
@@ -457,66 +489,73 @@ class Kernels:
         self.recipe, self.shape = recipe, tuple(shape)
         self.device = device = torch.device(device)
         self.policy = POLICIES[recipe.randaug_policy]
+        self.names = {*self.policy.ranges}
         fill = self.policy.fill if recipe.fill is None else recipe.fill
-        self.k = _constants(shape, device, fill)
+        self.k = _constants(shape, device, fill, recipe.randaug_n)
         self.scale, self.shift = _scale(mean, std, shape[0], device)
         part = recipe.smoothing  # of each class's target, spread over all
         self.targets = _send(np.eye(num_classes) * (1 - part)
                              + part / num_classes, device)
-        self.sizes = {name: part.shape[1] for name, part in
-                      self._draw(2, Generator()).items()}  # numbers an image
+        self.sizes = {"index": 1} | {  # numbers an image
+            name: part.size // 2
+            for name, part in self._draw(2, Generator()).items()}
 
-    def _draw(self, count, generator, index=0):
-        "All draws as numpy arrays (count, n) by name, in this order."
-        a, shape = self.recipe, self.shape
-        parts = {"index": np.broadcast_to(index, count)}
+    def _draw(self, count, generator):
+        "All draws as numpy arrays by name, in this order."
+        a, parts = self.recipe, {}
         if a.crop_scale < 1:
-            parts["crop"] = _draw_crop(a, count, shape[1:], generator)
+            parts["crop"] = _draw_crop(a, count, self.shape[1:], generator)
         if a.flip:  # a coin for each image: 1 for mirrored
-            parts["flip"] = _uniform(generator, count, 1) < 0.5
+            parts["flip"] = (_uniform(generator, count) < 0.5)[None]
         if a.randaug_n:
-            ops, args = np.stack([draw_ops(count, a, generator)
-                                  for _ in range(a.randaug_n)], -1)
-            parts["randaug"] = _numbers(ops, args, shape, self.policy.nearest)
+            draws = [draw_ops(count, a, generator)
+                     for _ in range(a.randaug_n)]
+            parts["randaug"] = _rows(draws, self.names, self.policy.nearest,
+                                     self.shape)
         if a.jitter:
-            parts["jitter"] = _numbers(*_draw_jitter(
-                a.jitter, count, generator), shape)
+            parts["jitter"] = _rows(_draw_jitter(a.jitter, count, generator),
+                                    {*_JITTER}, False, self.shape)
         if a.erase:
-            parts |= _draw_erase(a, count, shape, generator)
+            parts |= _draw_erase(a, count, self.shape, generator)
         if a.mixup or a.cutmix:
-            parts["mix"] = _draw_mix(a, count, shape[1:], generator)
-        return {name: part.reshape(count, -1)
-                for name, part in parts.items()}
+            parts["mix"] = _draw_mix(a.mixup, a.cutmix, count, self.shape[1:],
+                                     generator)
+        return parts
 
     def pack(self, count, generator, index=0, own=slice(None)):
         """All draws of a step for `count` images, those of `own` in a buffer.
 
-        It is float32 (b, K), pinned for a GPU; `index` travels with them."""
-        parts = self._draw(count, generator, index)
-        numbers = np.concatenate([part[own] for part in parts.values()], 1,
-                                 dtype=np.float32, casting="unsafe")
-        packed = torch.from_numpy(numbers)
+        It is float32 (K, b), pinned for a GPU; `index` travels with them."""
+        parts = {"index": np.broadcast_to(index, (1, count))}
+        parts |= self._draw(count, generator)
+        rows = [(part[own] if name in _BY_IMAGE else part[:, own]).ravel()
+                for name, part in parts.items()]
+        numbers = np.concatenate(rows, dtype=np.float32, casting="unsafe")
+        packed = torch.from_numpy(numbers.reshape(-1, len(rows[0])))
         return packed.pin_memory() if self.device.type == "cuda" else packed
 
     def unpack(self, packed):
-        "The parts (b, n) of a buffer by name."
-        return dict(zip(self.sizes, packed.split([*self.sizes.values()], 1)))
+        "The parts of a buffer by name."
+        parts = packed.view(*packed.shape, 1, 1).split_with_sizes(
+            tuple(self.sizes.values()))
+        return {name: part.view(packed.shape[1], -1)
+                if name in _BY_IMAGE else part
+                for name, part in zip(self.sizes, parts)}
 
     def change(self, images, parts):
         "uint8 (B, CH, W) to grey levels (B, C, HW), augmented."
-        f, k = images.float(), self.k
+        f = images.float()
         if "crop" in parts:
-            y, x = parts["crop"].split(k.shape[1:], 1)  # (B, H), (B, W)
-            f = _sample(f.view(-1, *k.shape), *torch.broadcast_tensors(
-                x[:, None], y[..., None])).round().flatten(1, 2)
+            f = _crop(f.view(-1, *self.shape), parts["crop"]).round()
+            f = f.flatten(1, 2)
         if "flip" in parts:
-            f = f.lerp(f.flip(2), parts["flip"][..., None])
-        f = f.view(len(f), k.shape[0], -1)
+            f = f.lerp(f.flip(2), parts["flip"])
+        f = f.view(-1, self.shape[0], self.k.x.numel())
         if "randaug" in parts:
-            f = _many(f, parts["randaug"], self.policy.ranges,
-                      self.policy.nearest, k)
+            f = _many(f, parts["randaug"], self.names, self.policy.nearest,
+                      self.k)
         if "jitter" in parts:
-            f = _many(f, parts["jitter"], _JITTER, False, k)
+            f = _many(f, parts["jitter"], {*_JITTER}, False, self.k)
         return f
 
     def finish(self, f, labels, parts):

@@ -94,7 +94,7 @@ def test_processes_make_their_rows_of_one_batch(data, name, recipe, world, monke
         assert torch.equal(23 - rows.flip(0), rows)  # partners, mirrored in here too
         (x, y), = loader.batches(1, [(step, index)])
         assert torch.equal(x, whole[rows]) and torch.equal(y, targets[rows])
-        assert loader.pack(1, step, index).shape[0] == len(x) == 24 // world
+        assert loader.pack(1, step, index).shape[1] == len(x) == 24 // world
         seen.append(rows)
     assert torch.equal(torch.cat(seen).sort().values, torch.arange(24))
     assert len(made) == (24 if name == "timm" else 0)
