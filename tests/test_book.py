@@ -308,7 +308,8 @@ def test_page_in_a_browser(site, tab, page, look):
     asked = {HTML / unquote(urlsplit(url).path).lstrip("/") for url in tab.asked if url.startswith(site)}
     assert sum(len(gzip.compress(file.read_bytes(), 6)) for file in asked) < 1_000_000
     tab.evaluate(f"{AXE}; 1")
-    assert tab.evaluate(BROKEN) == []
+    drawer = "{exclude: [['.bd-sidebar-secondary']]}"  # a closed one, on a phone, is no region that scrolls
+    assert tab.evaluate(BROKEN.replace("document", drawer) if look == "phone" else BROKEN) == []
     tab.emulate_media(media="print")
     assert tab.evaluate(UNPRINTED) == []
 
