@@ -433,13 +433,14 @@ class _Table:
 
 # %% ../nbs/W1_data.ipynb #3e530f36
 def _values(files, column):
-    "(file, piece, the column's values there), None where it is missing."
+    "(file, piece, the column's values there)."
     for file in files:
         with _parquet(file) as table:
             for group in range(table.num_row_groups):
                 found = table.read_row_group(group, [column])
-                values = (found[column].to_pylist() if found.num_columns
-                          else [None] * found.num_rows)
+                expect(found.num_columns, f"{file} has no column {column}",
+                       "that of the first file")
+                values = found[column].to_pylist()
                 expect(all(v is None or isinstance(v, (int, str))
                            for v in values), f"its column {column} is of "
                        "another kind", "that of the first file")
