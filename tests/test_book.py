@@ -208,7 +208,8 @@ def test_the_first_page_calls_each_page_by_its_title(built):
     assert len(cards) == len(CHAPTERS) - 1
 
 
-MARKS = {"mathjax": ".math", "live/exercise": "form.exercise", "live/order": ".live-order", "live/draws": ".live-draws", "sphinx-design": "[class*='sd-']",
+MARKS = {"mathjax": ".math", "live/exercise": "form.exercise", "live/order": ".live-order", "live/draws": ".live-draws",
+         "live/kernels": ".live-kernels", "sphinx-design": "[class*='sd-']",
          "live/sliders": ".live-anatomy, .live-knife, .live-attention, .live-poke", "live/live.js": ".live", "copybutton.js": ".highlight"}
 
 

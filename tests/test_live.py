@@ -17,6 +17,7 @@ from record_browser import measure, served
 from torch import nn
 
 from convmixer_edu.anatomy import count_macs, count_parameters, receptive_field
+from convmixer_edu.augment import normalize
 from convmixer_edu.data import load_images
 from convmixer_edu.inference import load_run
 from convmixer_edu.ledger import pretrained_run
@@ -298,6 +299,61 @@ def test_draws_of_augmentation_come_one_at_a_time():
         press("ArrowDown", 40)
         shows("erasing, draw 1 of 2. a hole.", 4)
         assert tab.evaluate("document.activeElement.value") == "erasing"
+
+
+@needs_browser
+def test_a_kernel_answers_what_the_networks_layer_does():
+    """The recorded network's own kernels on a photograph: PyTorch's numbers; keys and a click choose; paper gets all kernels."""
+    net, about = load_run(pretrained_run())
+    picture = sample_pictures()[0][:1]
+    channels, numbers, layers = [[21, 1, 205], [7, 200, 255]], [], []
+    with torch.no_grad():
+        z = net[:3](normalize(picture, about.stats.mean, about.stats.std))
+        for block, chosen in zip((net[3], net[4]), channels, strict=True):
+            conv = block[0].fn[0]
+            numbers.append(torch.cat([conv.bias[chosen, None], conv.weight[chosen].flatten(1), z[0, chosen].flatten(1)], 1))
+            layers.append(conv(z)[0, chosen].flatten(1))
+            z = block(z)
+    k, side, expected, weights = about.config.kernel_size, z.shape[-1], torch.stack(layers), torch.stack(numbers)[..., 1:26]
+    shape = json.dumps({"k": k, "side": side, "channels": channels})
+    packed = base64.b64encode(torch.stack(numbers).half().numpy().tobytes()).decode()
+    page = SLIDERS.split("<figure")[0] + f"""<link rel=stylesheet href=live/live.css><style>canvas {{ width: 300px !important }}</style>
+        <div class="live-kernels" data-shape='{shape}' data-kernels="{packed}"><div class="live-fallback">as ever</div>
+        <img hidden src="{photograph(32)}" alt="a temple"></div><script type=module src=live/kernels.js></script></body></html>"""
+
+    with served(page, run=False) as address, browser_page() as tab:
+        _, complaints = tab.open(address)
+        found = torch.tensor(tab.evaluate(f"""import('/live/kernels.js').then(m => m.unpack('{packed}', {shape}).map(row =>
+            row.map(kernel => [...m.answers(kernel, {shape})])))"""))
+        same = [nn.functional.conv2d(own[:, 26:].view(1, 3, side, side), own[:, 1:26].view(3, 1, k, k), own[:, 0], padding="same", groups=3)
+                for own in torch.stack(numbers).half().float()]
+        assert not complaints and (found - torch.cat(same).flatten(2)).abs().max() < 1e-3
+        assert (found - expected).abs().max() < 1e-3 * expected.abs().max()  # half precision came between
+
+        def sentence(block, n):
+            answers, squares = found[block, n], weights[block, n].reshape(k, k).square()
+            line = torch.arange(k) - (k - 1)/2
+            far = float((squares * (line[:, None]**2 + line**2)).sum() / squares.sum())**0.5
+            row, column = divmod(int(answers.abs().argmax()), side)
+            return (f"Channel {channels[block][n]}: the weights lie {far:.2f} positions from the kernel's middle. Its strongest response is "
+                    f"{answers[row*side + column]:.1f}, in row {row + 1} from the top, column {column + 1} from the left.").replace(" -", " −")
+
+        said = "document.querySelector('[role=status]')?.textContent"
+        assert until(tab, said) == sentence(0, 0)
+        assert tab.evaluate("document.querySelector('.live-fallback').checkVisibility()") is False
+        for slider, expected_now in ((0, (1, 0)), (1, (1, 1))):
+            tab.evaluate(f"document.querySelectorAll('input')[{slider}].focus()")
+            for kind in ("rawKeyDown", "keyUp"):
+                tab.send("Input.dispatchKeyEvent", type=kind, key="ArrowRight", code="ArrowRight", windowsVirtualKeyCode=39)
+            assert until(tab, f"{said} == {json.dumps(sentence(*expected_now))}")
+            assert tab.evaluate("document.activeElement.getAttribute('aria-valuetext')").endswith(": 2")
+        box = tab.evaluate("(b => [b.left, b.top, b.width, b.height])(document.querySelector('canvas').getBoundingClientRect())")
+        for kind in ("mousePressed", "mouseReleased"):
+            tab.send("Input.dispatchMouseEvent", type=kind, x=box[0] + 0.9*box[2], y=box[1] + 0.2*box[3], button="left", clickCount=1)
+        assert until(tab, f"{said} == {json.dumps(sentence(0, 2))}")
+        tab.send("Emulation.setEmulatedMedia", media="print")
+        assert tab.evaluate("[...document.querySelector('.live-kernels').children].filter(part => part.checkVisibility()).length") == 1
+        assert tab.evaluate("document.querySelector('.live-fallback').checkVisibility()")
 
 
 TYPED = [("0,5", 1, 0.5), ("0,125", 1, 0.125), ("2,302585", 1, 2.302585), ("1,024", 1, 1024), ("153,600,000", 1, 153600000),

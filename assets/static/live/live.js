@@ -1,18 +1,11 @@
 // The network in the page. A <figure class="live"> holds stored answers; this turns them into something to play with,
 // once asked. Without JavaScript, or if anything fails, the answers stay.
+import { make } from "./controls.js"
 import { order, shuffled } from "./network.js"
 
 const here = new URL(".", import.meta.url)
 const percent = part => part < 0.01 ? "under 1 %" : part > 0.99 ? "over 99 %" : `${Math.round(100 * part)} %`
 const OFFER = "Wake the network (1.2 MB)"
-
-/** An element with properties and children */
-function make(name, properties = {}, ...children) {
-  const { aria = {}, ...rest } = properties, element = Object.assign(document.createElement(name), rest)
-  for (const [key, value] of Object.entries(aria)) element.setAttribute(key, value)
-  element.append(...children)
-  return element
-}
 
 /** Any picture as the network gets it: its middle square, 32 x 32, as bytes (H, W, 4) */
 function bytes(picture, size) {
