@@ -122,6 +122,62 @@ def test_it_wakes_answers_shuffles_and_takes_a_picture_of_ones_own(page):
 
 
 @needs_browser
+def test_a_drawing_is_answered_too(page):
+    """By mouse, finger and keys, in a chosen colour; each stroke that ends is asked about, a cleared sheet as well."""
+    with served(page) as address, browser_page() as tab:
+        tab.open(address)
+        tab.evaluate(f"{START}.click()")
+        until(tab, LIVE)
+        tab.evaluate("document.querySelector('.live-sketch summary').focus()")
+
+        def press(key, code, **more):
+            for kind in ("keyDown", "keyUp"):
+                tab.send("Input.dispatchKeyEvent", type=kind, key=key, code=key.strip() or "Space", windowsVirtualKeyCode=code, **more)
+
+        def inked(x, y):  # the middle of patch (x, y) of what the network gets: is it not white?
+            seen = f"document.querySelector('.live-picture').getContext('2d').getImageData({20*x + 10}, {20*y + 10}, 1, 1).data"
+            return tab.evaluate(f"Math.min(...{seen}) < 200")
+
+        answered = f"{STATUS}.startsWith('your drawing:') && {LIVE}"
+        again = f"{STATUS.removesuffix('.textContent')}.textContent = ''"
+        press("Enter", 13, text="\r")
+        assert until(tab, "document.querySelector('.live-sketch').open")
+        tab.evaluate("document.querySelector('.live-sketch [type=radio]').focus()")
+        press("ArrowRight", 39), press("ArrowRight", 39)
+        assert tab.evaluate("document.activeElement.getAttribute('aria-label')") == "red"
+
+        tab.evaluate("document.querySelector('.live-sketch canvas').scrollIntoView({ block: 'center' })")
+        left, top, side = tab.evaluate("(b => [b.left, b.top, b.width])(document.querySelector('.live-sketch canvas').getBoundingClientRect())")
+        for kind, part in (("mousePressed", 0.1), ("mouseMoved", 0.5), ("mouseReleased", 0.5)):
+            tab.send("Input.dispatchMouseEvent", type=kind, x=left + part*side, y=top + 0.1*side, button="left", buttons=1, clickCount=1)
+        assert until(tab, answered) and inked(4, 1) and not inked(4, 8)
+        red, green, _ = tab.evaluate("[...document.querySelector('.live-picture').getContext('2d').getImageData(90, 30, 1, 1).data].slice(0, 3)")
+        assert red > 150 > 80 > green
+
+        tab.evaluate(again)
+        touch = {"x": left + 0.9*side, "y": top + 0.9*side}
+        tab.send("Input.dispatchTouchEvent", type="touchStart", touchPoints=[touch])
+        tab.send("Input.dispatchTouchEvent", type="touchMove", touchPoints=[{**touch, "y": top + 0.6*side}])
+        tab.send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+        assert until(tab, answered) and inked(14, 12)
+
+        tab.evaluate(again)
+        tab.evaluate("document.querySelector('.live-sketch button').click()")
+        assert until(tab, answered) and not inked(4, 1)
+        tab.evaluate(again)
+        tab.evaluate("document.querySelector('.live-sketch canvas').focus()")
+        for _ in range(3):
+            press("ArrowUp", 38)
+        assert tab.evaluate(STATUS) == ""  # the brush has only moved
+        press(" ", 32, text=" ")
+        assert until(tab, answered) and inked(14, 6) and not inked(14, 12)
+        tab.evaluate(again)
+        press("ArrowLeft", 37, modifiers=8)
+        assert until(tab, answered)
+        assert tab.evaluate("document.querySelector('[type=file]').value") == ""
+
+
+@needs_browser
 def test_without_its_weights_the_answers_stay_and_it_can_be_tried_again(page):
     with served(page, run=False) as address, browser_page() as tab:
         tab.open(address)

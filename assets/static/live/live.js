@@ -2,6 +2,7 @@
 // once asked. Without JavaScript, or if anything fails, the answers stay.
 import { make } from "./controls.js"
 import { order, shuffled } from "./network.js"
+import { sketch } from "./sketch.js"
 
 const here = new URL(".", import.meta.url)
 const percent = part => part < 0.01 ? "under 1 %" : part > 0.99 ? "over 99 %" : `${Math.round(100 * part)} %`
@@ -103,7 +104,8 @@ class Live {
       make("div", {}, this.canvas, make("label", { className: "live-switch" }, this.mix, " shuffle the patches")),
       make("div", {}, this.bars, make("label", { className: "live-stage" }, this.stageName, this.slider), this.maps))
     this.shell = make("div", {}, this.choices,
-      make("label", { className: "live-own" }, "or a picture of your own: choose, drop or paste ", this.file), this.panel)
+      make("label", { className: "live-own" }, "or a picture of your own: choose, drop or paste ", this.file),
+      sketch(canvas => { this.file.value = ""; this.own(canvas, "your drawing") }), this.panel)
     this.figure.prepend(this.shell)
     if (document.activeElement === this.start) this.choices.querySelector("input").focus()
     this.stored.hidden = this.start.hidden = this.progress.hidden = true
@@ -118,13 +120,13 @@ class Live {
     this.ask()
   }
 
-  async own(file) {
+  async own(file, name = "your picture") {
     this.wanted = file
     try {
       const picture = await createImageBitmap(file)
       if (this.wanted !== file) return // another one was chosen meanwhile
       this.choices.querySelectorAll("input").forEach(radio => { radio.checked = false })
-      Object.assign(this, { name: "your picture", given: bytes(picture, this.shape.size), mine: true })
+      Object.assign(this, { name, given: bytes(picture, this.shape.size), mine: true })
       picture.close()
       this.ask()
     } catch {
