@@ -14,6 +14,7 @@ import zlib
 
 import matplotlib
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FixedLocator
 from PIL import Image
 
 from .escape import label, visible
@@ -140,10 +141,10 @@ def _wide(texts, size="width"):
 def _narrow(fig):
     "Lay a figure out again for a phone: True if every panel has its room"
     panels = [ax for ax in fig.axes if ax.get_subplotspec()]
-    cols, (width, height) = panels[0].get_gridspec().ncols, \
-        fig.get_size_inches()
-    if len(panels) == 1 and not panels[0].axison:  # a drawing
-        return False
+    if len(panels) < 2 and not all(ax.axison for ax in fig.axes):
+        return False  # a drawing
+    cols = panels[0].get_gridspec().ncols
+    width, height = fig.get_size_inches()
     if not any(ax.axison and len(ax.get_xticks()) for ax in panels):
         for empty in [ax for ax in panels if not ax.has_data()]:
             panels.remove(empty)
@@ -151,7 +152,7 @@ def _narrow(fig):
         titles = [ax.title for ax in panels]
         named = _wide([ax.yaxis.label for ax in panels])
         images = [len(i.get_array()) for ax in panels for i in ax.images]
-        need = max(_wide(titles) + 0.08, min(
+        need = max(_wide(titles) + 0.15, min(
             width / cols, 0.6 if max(images, default=0) > 16 else 0.3))
         cols = next((n for n in range(min(cols, len(panels)), 1, -1)
                      if n * need <= NARROW - named - 0.1
@@ -181,14 +182,15 @@ def _fitted(ax, first):
             wrap(t.get_text(), 16) for t in ax.get_yticklabels()])
     ax.title.set_text(wrap(ax.get_title(), 40))
     ax.xaxis.label.set_text(wrap(ax.get_xlabel(), 36))
-    key = ax.get_legend()
-    if key and key.get_window_extent().width / fig.dpi > 1.3:
+    if key := ax.get_legend():
         words = [t.get_text() for t in key.texts]
         key.remove()
         fig.legend(key.legend_handles, words, loc="outside lower left")
+        fig.set_figheight(fig.get_figheight() + 0.2 * len(words))
     fig.draw_without_rendering()
     ticks = [t for t in ax.get_xticklabels() if t.get_text()]
-    if len(ticks) * (_wide(ticks) + 0.05) > ax.bbox.width / fig.dpi:
+    named = isinstance(ax.xaxis.get_major_locator(), FixedLocator)
+    if named and len(ticks) * (_wide(ticks) + 0.05) > ax.bbox.width / fig.dpi:
         plt.setp(ticks, rotation=90, ha="center")
     fig.draw_without_rendering()
     return ax.bbox.width / fig.dpi > 1

@@ -345,6 +345,19 @@ def test_a_page_of_the_story_is_short_and_opens_with_a_picture(site, tab, page):
     assert words <= 2500 and code < 0.21 and first < 800
 
 
+SCROLLS = """[...document.querySelectorAll("div.figure > svg")].filter(part => part.checkVisibility()).filter(part => {
+    let frame = part.parentElement
+    while (getComputedStyle(frame).overflowX === "visible") frame = frame.parentElement
+    return part.getBoundingClientRect().width > frame.clientWidth + 1 }).map(part => part.closest("figure").id)"""
+
+
+@pytest.mark.parametrize("page", STORY)
+def test_a_figure_of_the_story_fits_a_phone(site, tab, page):
+    tab.look(360, 740)
+    tab.open(f"{site}{page}.html")
+    assert not tab.evaluate(SCROLLS)
+
+
 @every_page
 def test_a_page_is_light(site, tab, page):
     """At most 1 MB is transferred for a page, by a server that compresses text, before anything is asked of it."""
