@@ -54,6 +54,7 @@ MENDED = [(re.compile(pattern), better) for pattern, better in [
     # what a screen reader stumbles over: a name that is not what stands there, empty heads, no landmark
     (r'(<button[^>]*search-button-field[^>]*) aria-label="Search"', r"\1"),
     (r'(<th class="head[^"]*">)<p></p></th>', "<td></td>"),
+    (r'(<a[^>]*>([^<]*)</a><details[^>]*><summary)(><span class="toctree-toggle)', r'\1 aria-label="Pages under \2"\3'),
     (r' role="doc-(biblioentry|backlink)"', ""),
     (r'<div role="list" class="citation-list">', '<div class="citation-list">'),
     (r'<div class="(sidebar-primary-items__start)', r'<div role="navigation" aria-label="The book" class="\1'),

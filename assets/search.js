@@ -12,7 +12,8 @@ document.addEventListener("DOMContentLoaded", () => {
     const page = new DOMParser().parseFromString(text, "text/html")
     page.querySelectorAll(ignored).forEach(part => part.remove())
     const article = page.querySelector("article.bd-article")
-    const found = anchor && article?.querySelector(`#${CSS.escape(anchor.slice(1))}`) || article
+    const at = anchor ? article?.querySelector(`#${CSS.escape(anchor.slice(1))}`) : null
+    const found = at?.matches("dt") ? at.parentElement.querySelector(`#${CSS.escape(at.id)} ~ dd`) : at || article // of a term, what it means
     return found ? found.textContent.replace(/\s+/g, " ").trim() : ""
   }
   Search.makeSearchSummary = (page, words, anchor) => {

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -12,6 +13,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch loads, as the p
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".pytest_cache" / "compiled"))  # once for all tests
 HOUR = 3600  # seconds: a guard against what hangs, out of reach of a machine that is only busy
+PATIENCE = 300_000  # milliseconds: the same for what a page should come to show
 COMPILER = bool(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"))
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="no C++ compiler: the library is used, which other tests cover")
 FIRST, LAST = ["test_notebooks"], ["test_chapters", "test_book", "test_package"]
@@ -48,6 +50,29 @@ def cifar10():
     if not (source := real_data()):
         pytest.skip("no CIFAR-10: set CONVMIXER_DATA to a folder of its parquet files")
     return source
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """The machine's browser, headless."""
+    from browser import chromium, find_browser
+    if not find_browser():
+        pytest.skip("no Chromium or Chrome is installed: no page was opened in a browser")
+    from playwright.sync_api import expect
+    expect.set_options(timeout=PATIENCE)
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def tab(browser):
+    """A fresh tab. Whatever a test does in it, its console stays clean and no other host is asked."""
+    from browser import watch
+    with browser.new_page(viewport={"width": 1280, "height": 800}) as tab:
+        tab.set_default_timeout(PATIENCE)
+        yield watch(tab)
+        assert not tab.complaints
+        assert {urlsplit(url).netloc for url in tab.asked} <= {"", urlsplit(tab.url).netloc}
 
 
 def pytest_configure(config):

@@ -3,14 +3,11 @@
 import dataclasses
 import functools
 import gzip
-import http.server
 import inspect
-import itertools
 import json
 import re
 import subprocess
 import sys
-import threading
 from importlib.resources import files
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
@@ -18,13 +15,14 @@ from urllib.parse import unquote, urldefrag, urlsplit
 import pytest
 import yaml
 import prose
-from browser import browser_page, find_browser
+from browser import serve, visit
 from bs4 import BeautifulSoup
 from conftest import HOUR, ROOT, environment, real_data
 from first_cell import reference
 from nbdev.config import get_config
 from nbdev_reader import POLICY
 from PIL import Image
+from playwright.sync_api import expect
 
 from convmixer_edu.anatomy import count_macs
 from convmixer_edu.claims import claims
@@ -37,6 +35,7 @@ MODULES = sorted(path.stem for path in (ROOT / "convmixer_edu").glob("[!_]*.py")
 CHAPTERS = [TOC["root"], *(chapter["file"] for part in TOC["parts"] for chapter in part["chapters"])]
 PAGES = CHAPTERS + [f"nbs/api/{module}" for module in MODULES]
 NOTEBOOKS = [page for page in PAGES if (ROOT / f"{page}.ipynb").exists()]
+HOME = TOC["root"]
 every_page = pytest.mark.parametrize("page", PAGES)
 every_notebook = pytest.mark.parametrize("page", NOTEBOOKS)
 
@@ -96,12 +95,11 @@ def test_page_asks_no_other_host(built, page):
 
 def test_the_policy_of_a_page_stops_a_request(site, tab):
     """A picture of another host, put into a page, is not asked for: a browser that heeds the policy says so."""
-    asked, complaints = tab.open(f"{site}{PAGES[0]}.html")
-    assert not complaints
-    script = """new Promise(done => {
-        document.addEventListener("securitypolicyviolation", event => done(event.blockedURI));
-        new Image().src = "http://127.0.0.1:9/x.png"; setTimeout(done, 5000)})"""
-    assert tab.evaluate(script) == "http://127.0.0.1:9/x.png"
+    visit(tab, f"{site}{HOME}.html")
+    with tab.expect_event("requestfailed") as asked:
+        tab.evaluate("new Image().src = 'http://127.0.0.1:9/x.png'; 1")
+    assert asked.value.url == tab.asked.pop() and asked.value.failure == "csp"
+    assert len(tab.complaints) == 1 and "Content Security Policy" in tab.complaints.pop()
 
 
 @every_page
@@ -280,52 +278,40 @@ def test_every_module_has_its_page_and_no_other_is_there(built):
         assert soup(f"nbs/api/{module}").find(id=f"module-convmixer_edu.{module}")
 
 
-def test_the_search_puts_chapters_above_the_api(site, tab):
-    """Also where the word is the name of a function."""
-    for word in ("mixup", "claim"):
-        tab.open(f"{site}search.html?q={word}")
-        script = """new Promise(done => { const list = document.querySelector("#search-results"), look = () => list.innerText.includes("finished") ?
-            done([...list.querySelectorAll("li > a")].map(link => link.getAttribute("href"))) : setTimeout(look, 100); look() })"""
-        links = tab.evaluate(script)
-        api = [link.startswith("nbs/api") for link in links]
-        assert any(api) and api == sorted(api)
-
-
 @pytest.fixture(scope="module")
 def site(built):
     """The book, served on this machine: its address."""
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *message):
-            pass
-
-    handler = functools.partial(Handler, directory=HTML)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
+    with serve(HTML) as address:
+        yield address
 
 
-@pytest.fixture(scope="module")
-def tab(site):
-    """A tab of a headless browser."""
-    if not find_browser():
-        pytest.skip("no Chromium or Chrome is installed: the pages were not opened in a browser")
-    with browser_page() as tab:
-        yield tab
+LOOKS = {"light": (1280, "light"), "dark": (1280, "dark"), "phone": (390, "light")}
+AXE = files("axe_core_python").joinpath("axe.min.js").read_text("utf8")
+BROKEN = """axe.run(document, {resultTypes: ["violations"]}).then(found => found.violations.map(
+    rule => `${rule.id}: ${rule.nodes[0].html.slice(0, 200)}`))"""
+UNPRINTED = """[...document.querySelectorAll("article details > :not(summary), article div.cell")].filter(
+    part => !part.checkVisibility({contentVisibilityAuto: true}) && part.textContent.trim()).map(part => part.outerHTML.slice(0, 200))"""
 
 
-@every_page
-def test_page_in_a_browser(site, tab, page):
-    for width, dark in ((1280, False), (1280, True), (390, False)):
-        tab.look(width, dark=dark)
-        asked, complaints = tab.open(f"{site}{page}.html")
-        assert not complaints
-        assert not [url for url in asked if not url.startswith((site, "data:", "blob:"))]
-        assert tab.evaluate("document.documentElement.dataset.theme") == ("dark" if dark else "light")
-        assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "scrolls sideways"
-        assert tab.evaluate("document.querySelectorAll('mjx-merror').length") == 0, "a broken formula"
-        formulas = tab.evaluate("document.querySelectorAll('article .math').length")
-        assert tab.evaluate("document.querySelectorAll('article mjx-container').length") >= formulas
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("page", [*PAGES, "nbs/03_model?highlight=depthwise"])  # and where a search has led to a word
+def test_page_in_a_browser(site, tab, page, look):
+    """Its theme, all its formulas, its width; at most 1 MB, by a server that compresses text; no rule of accessibility is broken; printed whole."""
+    page, _, search = page.partition("?")
+    width, theme = LOOKS[look]
+    tab.set_viewport_size({"width": width, "height": 800})
+    tab.emulate_media(color_scheme=theme)
+    visit(tab, f"{site}{page}.html?{search}".rstrip("?"))
+    expect(tab.locator("html")).to_have_attribute("data-theme", theme)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width, "scrolls sideways"
+    expect(tab.locator("mjx-merror")).to_have_count(0)  # a broken formula
+    assert tab.locator("article mjx-container").count() >= tab.locator("article .math").count()
+    asked = {HTML / unquote(urlsplit(url).path).lstrip("/") for url in tab.asked if url.startswith(site)}
+    assert sum(len(gzip.compress(file.read_bytes(), 6)) for file in asked) < 1_000_000
+    tab.evaluate(f"{AXE}; 1")
+    assert tab.evaluate(BROKEN) == []
+    tab.emulate_media(media="print")
+    assert tab.evaluate(UNPRINTED) == []
 
 
 STORY = [chapter["file"] for part in TOC["parts"][:2] for chapter in part["chapters"]]
@@ -339,8 +325,7 @@ SHAPE = """(() => { const page = document.querySelector("article.bd-article"), a
 
 @pytest.mark.parametrize("page", STORY)
 def test_a_page_of_the_story_is_short_and_opens_with_a_picture(site, tab, page):
-    tab.look(1280, 800)
-    tab.open(f"{site}{page}.html")
+    visit(tab, f"{site}{page}.html")
     words, code, first = tab.evaluate(SHAPE)
     assert words <= 2500 and code < 0.21 and first < 800
 
@@ -353,32 +338,59 @@ SCROLLS = """[...document.querySelectorAll("div.figure > svg")].filter(part => p
 
 @pytest.mark.parametrize("page", STORY)
 def test_a_figure_of_the_story_fits_a_phone(site, tab, page):
-    tab.look(360, 740)
-    tab.open(f"{site}{page}.html")
+    tab.set_viewport_size({"width": 360, "height": 740})
+    visit(tab, f"{site}{page}.html")
     assert not tab.evaluate(SCROLLS)
 
 
-@every_page
-def test_a_page_is_light(site, tab, page):
-    """At most 1 MB is transferred for a page, by a server that compresses text, before anything is asked of it."""
-    tab.look(1280, 800)
-    asked, _ = tab.open(f"{site}{page}.html")
-    files = {HTML / unquote(urlsplit(url).path).lstrip("/") for url in asked if url.startswith(site)}
-    assert sum(len(gzip.compress(file.read_bytes(), 6)) for file in files) < 1_000_000
+@pytest.mark.parametrize("word", ["depthwise", "mixup", "claim"])  # of prose, and names of functions
+def test_the_search_puts_chapters_first_and_shows_a_sentence(site, tab, word):
+    tab.goto(f"{site}search.html?q={word}")
+    expect(tab.locator("#search-results")).to_contain_text("finished")
+    found = tab.locator("ul.search li")
+    api = [link.get_attribute("href").startswith("nbs/api") for link in found.locator("> a:first-child").all()]
+    assert len(api) > 5 and any(api) and api == sorted(api)
+    for place in range(3):
+        expect(found.nth(place).locator("p.context").first).to_have_text(re.compile(r"^(?!.*Contents)[^\n]{40,}$"))
 
 
-def test_the_search_puts_chapters_first_and_shows_a_sentence(site, tab):
-    tab.look(1280, 800)
-    _, complaints = tab.open(f"{site}search.html?q=depthwise")
-    assert not complaints
-    found = tab.evaluate("""new Promise(done => { const look = () => {
-        const items = [...document.querySelectorAll("ul.search li")]
-        items.length > 5 && items.slice(0, 3).every(item => item.querySelector("p.context")) ? done(items.map(item =>
-            [item.querySelector("a").href, item.querySelector("p.context")?.textContent])) : setTimeout(look, 100) }; look() })""")
-    pages = [Path(urlsplit(address).path).stem for address, _ in found]
-    assert "api" not in pages or "api" not in pages[:pages.index("api")] and set(pages[pages.index("api"):]) == {"api"}
-    for _, sentence in found[:3]:
-        assert len(sentence) > 40 and "Contents" not in sentence and "\n" not in sentence
+def test_the_first_page_answers_without_a_script(browser, site):
+    with browser.new_page(java_script_enabled=False) as tab:
+        tab.goto(f"{site}{HOME}.html")
+        assert tab.locator("figure.live li >> visible=true").count() > 2 and not tab.get_by_role("button", name="Wake").count()
+
+
+FOCUS = """async () => { const part = document.activeElement
+    await Promise.all(document.getAnimations().map(moving => moving.finished))
+    const style = getComputedStyle(part), box = part.getBoundingClientRect()
+    return part === document.body ? null : { order: [...document.querySelectorAll("*")].indexOf(part), what: part.outerHTML.slice(0, 150),
+        name: (part.ariaLabel || part.innerText || part.title || [...part.labels ?? [], ...part.querySelectorAll("title")].map(label => label.textContent).join()).trim(),
+        ring: style.outlineStyle !== "none" || style.boxShadow !== "none", seen: box.bottom > 0 && box.top < innerHeight && box.width > 0 } }"""
+
+
+def test_the_first_page_is_walked_by_keys(site, tab):
+    """Tab leads to everything once, in its order, each named, seen and ringed; then the network is used by keys alone."""
+    tab.emulate_media(reduced_motion="reduce")
+    visit(tab, f"{site}{HOME}.html")
+    walk = []
+    while tab.keyboard.press("Tab") or (here := tab.evaluate(FOCUS)) and here["order"] not in [step["order"] for step in walk]:
+        assert here["name"] and here["ring"] and here["seen"], here
+        walk.append(here)
+    names = [step["name"] for step in walk]
+    assert [step["order"] for step in walk] == sorted(step["order"] for step in walk), names
+    assert names[0] == "Skip to main content" and len(walk) > 30
+    places = [names.index(name) for name in ("Read", "Run in Colab", "Install", "Wake the network (1.2 MB)")]
+    assert places == sorted(places)
+    tab.reload()
+    for _ in range(places[-1] + 1):
+        tab.keyboard.press("Tab")
+    tab.keyboard.press("Enter")
+    said = tab.locator(".live-status")
+    expect(said).to_contain_text("Live,")
+    first = said.text_content()
+    tab.keyboard.press("ArrowRight")
+    expect(said).not_to_have_text(first)
+    expect(tab.locator(".live-choices input").nth(1)).to_be_focused()
 
 
 def test_a_lost_reader_can_search(site, built):
@@ -387,53 +399,39 @@ def test_a_lost_reader_can_search(site, built):
     assert page.select("article form[action='search.html'] input[name=q]") and page.select("article a[href='nbs/index.html']")
 
 
-@every_page
-def test_no_rule_of_accessibility_is_broken(site, tab, page):
-    """axe finds nothing, in either theme; nor where a search has led to a word."""
-    rules = files("axe_core_python").joinpath("axe.min.js").read_text("utf8")
-    searched = ("", "?highlight=depthwise") if page == "nbs/03_model" else ("",)
-    for dark, search in itertools.product((False, True), searched):
-        tab.look(1280, dark=dark)
-        tab.open(f"{site}{page}.html{search}")
-        tab.evaluate(f"{rules}; 1")
-        broken = tab.evaluate("axe.run(document, {resultTypes: ['violations']}).then(found => found.violations.map("
-                              "rule => `${rule.id}: ${rule.nodes[0].html.slice(0, 200)}`))")
-        assert broken == []
-
-
-TYPE = """(text => { const form = document.querySelectorAll('form.exercise')[NUMBER]
-    for (const input of form.querySelectorAll('input'))
-      if (input.type === 'radio') input.checked = input.value === text; else input.value = text
-    form.querySelector('button').click()
-    return [form.dataset.state, form.querySelector('p').textContent] })(TEXT)"""
-
-
 def test_most_exercises_are_answered_in_the_page(built):
     assert sum(len(soup(page).select("form.exercise")) for page in NOTEBOOKS) > 30  # of seventy; many of the rest are code
 
 
+@pytest.mark.parametrize("by", ["mouse", "keys"])
 @every_notebook
-def test_exercises_answer_in_the_page(site, tab, page):
-    """Typed or chosen: the right answer, each known mistake and nonsense, with the sentences that the notebook has."""
+def test_exercises_answer_in_the_page(site, tab, page, by):
+    """Nonsense, each known mistake and the right answer, typed or chosen: the sentences that the notebook has."""
     forms = [json.loads(form["data-known"]) for form in soup(page).select("form.exercise")]
     if not forms:
         return
-    tab.open(f"{site}{page}.html")
 
-    def typed(number, value):
-        text = ", ".join(map(str, value)) if isinstance(value, list) else {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
-        return tab.evaluate(TYPE.replace("NUMBER", str(number)).replace("TEXT", json.dumps(text)))
+    def typed(value):
+        return (", ".join(map(str, value)) if isinstance(value, list) else {True: "yes", False: "no"}[value] if isinstance(value, bool)
+                else str(value))
 
-    for number, known in enumerate(forms):
-        assert typed(number, known["right"]) == ["right", f"Right. {known['ok']}"]
-        for mistake, sentence in known["wrong"]:
-            if isinstance(mistake, list) == isinstance(known["right"], list):
-                assert typed(number, mistake) == ["wrong", f"Not yet. {sentence}"], (known, mistake)
-        state, sentence = typed(number, "§ nothing §")
-        chosen = bool(tab.evaluate(f"document.querySelectorAll('form.exercise')[{number}].querySelectorAll('[type=radio]').length"))
-        assert chosen == isinstance(known["right"], (str, bool)) or chosen and isinstance(known["right"], list)
-        assert state == "wrong" and any(words in sentence for words in (["Choose an answer first."] if chosen else
-                                                                        ["could not be read", known["other"]]))
-        typed(number, known["right"])
-    tab.open(f"{site}{page}.html")  # the last answers are remembered
-    assert tab.evaluate("[...document.querySelectorAll('form.exercise')].every(form => form.dataset.state === 'right')")
+    tab.goto(f"{site}{page}.html")
+    for known, form in zip(forms, tab.locator("form.exercise").all(), strict=True):
+        right, chosen = known["right"], form.get_by_role("radio").count()
+        assert bool(chosen) == isinstance(right[0] if isinstance(right, list) else right, (str, bool)), known
+        answers = [(None, f"Not yet. {'Choose an answer first.' if chosen else 'This could not be read: type '}"),
+                   *((mistake, f"Not yet. {sentence}") for mistake, sentence in known["wrong"] if isinstance(mistake, list) == isinstance(right, list)),
+                   (right, f"Right. {known['ok']}")]
+        for value, sentence in answers:
+            last = form.get_by_role("button")
+            if not chosen:
+                last = form.get_by_role("textbox")
+                last.fill("§ nothing §" if value is None else typed(value))
+            elif value is not None:
+                last = form.locator(f"[value={json.dumps(typed(value))}]")
+                last.check() if by == "mouse" else last.press("Space")
+            form.get_by_role("button").click() if by == "mouse" else last.press("Enter")
+            expect(form.get_by_role("status")).to_have_text(re.compile("^" + re.escape(sentence) + ("" if value is None else "$")))
+            expect(form).to_have_attribute("data-state", "right" if value == right else "wrong")
+    tab.reload()  # the last answers are remembered
+    expect(tab.locator("form.exercise:not([data-state=right])")).to_have_count(0)

@@ -16,7 +16,7 @@ from convmixer_edu.isotropic import Branch, MLPMixer, ResMLP, ViT, copy_from_tim
 SIZES = [  # (h, d, p, side, n, c)
     (12, 1, 1, 4, 2, 1), (24, 3, 2, 10, 10, 3), (48, 2, 4, 32, 7, 3), (36, 2, 7, 28, 5, 4)]
 RESULTS = ROOT / "results" / "siblings"
-RACE = sorted(RESULTS.glob("*.json"))
+RACE = sorted(RESULTS.glob("*-seed*.json"))
 
 
 def timms(kind, h, d, p, side, n, c, ratio, heads=3):
@@ -100,27 +100,38 @@ def test_a_race_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     images = torch.randint(0, 256, (160, 3, 32, 32), dtype=torch.uint8, generator=generator)
     data = ImageSet(images, torch.arange(160) % 10, tuple("0123456789"))
     monkeypatch.setattr(record_siblings, "load_images", lambda source, split, limit=None: data)
-    monkeypatch.setattr(record_siblings, "RATES", (0.002, 0.02))
+    monkeypatch.setattr(record_siblings, "LADDER", (0.002, 0.006, 0.02))
     two = {arm: record_siblings.SCALES["quick"][2][arm] for arm in record_siblings.SHUFFLED}
     monkeypatch.setitem(record_siblings.SCALES, "quick", (0.2, 0.1, two))
+    monkeypatch.setattr(record_siblings.pace, "__defaults__", (2, 2))
     call = ["--out", str(tmp_path), "--seeds", "1", "--device", "cpu"]
     record_siblings.main([*call, "--budget", "0"])
-    assert "stopped before ConvMixer-0.002.json" in capsys.readouterr().out and not list(tmp_path.rglob("*.json"))
+    assert "stopped before ConvMixer-0.001-0.006:" in capsys.readouterr().out
+    assert [file.name for file in tmp_path.rglob("*.json")] == ["pace.json"]
     with pytest.raises(SystemExit, match="--part race first"):
         record_siblings.main([*call, "--part", "shuffled"])
     record_siblings.main(call)
     files = {file: file.read_bytes() for file in sorted(tmp_path.rglob("*.json"))}
     assert {file.relative_to(tmp_path).as_posix() for file in files} == {
-        *(f"rates/{arm}-{lr}.json" for arm in two for lr in (0.002, 0.02)), *(f"{arm}-seed0.json" for arm in two)}
+        *(f"rates/{arm}-{eps}-{lr}.json" for arm in two for eps in ("0.001", "1e-08") for lr in (0.002, 0.006, 0.02)),
+        "pace.json", *(f"{arm}-seed0.json" for arm in two)}
+    trial = json.loads((tmp_path / "rates" / "MLP-Mixer-1e-08-0.002.json").read_text())
+    assert trial["eps"] == 1e-8 and "test_accuracy" not in trial, "a trial looks at held-out images alone"
     record_siblings.main(call)
     assert {file: file.read_bytes() for file in sorted(tmp_path.rglob("*.json"))} == files
     record_siblings.main([*call, "--part", "shuffled"])
-    monkeypatch.setattr(record_siblings, "USUAL_RATES", (0.002,))
-    record_siblings.main([*call, "--part", "eps"])
-    trial = json.loads((tmp_path / "eps" / "MLP-Mixer-0.002.json").read_text())
-    assert trial["eps"] == 1e-8 and "test_accuracy" not in trial, "a trial looks at held-out images alone"
     run = json.loads((tmp_path / "shuffled" / "MLP-Mixer-seed0.json").read_text())
     assert run["shuffled"] and run["steps"] > 0 and 0 <= run["test_accuracy"] <= 100 and "--part shuffled" in run["command"]
+
+
+@pytest.mark.parametrize("best", range(7))
+def test_a_rate_is_chosen_between_its_neighbours(best):
+    tried = {}
+    while following := record_siblings.next_trial(tried):
+        tried[following] = -abs(record_siblings.LADDER.index(following[1]) - best)
+    for eps in record_siblings.EPS:
+        rates = [lr for e, lr in tried if e == eps]
+        assert {record_siblings.LADDER[i] for i in (best - 1, best, best + 1) if 0 <= i < 7} <= set(rates) and len(rates) <= 5
 
 
 @pytest.mark.skipif(not RACE, reason="no race is recorded")
@@ -133,13 +144,16 @@ def test_the_recorded_race_is_fair():
         assert len({run[same] for run in runs}) == 1, same
     sizes = [run["parameters"] for run in runs]
     assert max(sizes) <= 1.05 * min(sizes)
-    seconds = [run["seconds"] for run in runs]
-    assert max(seconds) <= 1.02 * min(seconds)
+    took = json.loads((RESULTS / "pace.json").read_text())["seconds_a_step"]
+    for run in runs:
+        assert run["steps"] == round(record_siblings.SCALES[run["scale"]][0] / took[run["arm"]]), "a minute's steps"
     build = record_siblings.SCALES[runs[0]["scale"]][2]
     for arm, found in arms.items():
         assert sum(w.numel() for w in build[arm]().parameters()) == found[0]["parameters"]
         for run in found:
-            assert run["tried"][f"{run['lr']:g}"] == max(run["tried"].values()) and len(run["tried"]) >= 3
+            chosen = max(run["tried"], key=lambda trial: trial["accuracy"])
+            assert (run["eps"], run["lr"]) == (chosen["eps"], chosen["lr"]) and run["shuffled"] is False
             assert 10 < run["test_accuracy"] < 100 and len(run["history"]) >= 9
-        trials = [json.loads(file.read_text()) for file in (RESULTS / "rates").glob(f"{arm}-[0-9]*.json")]
-        assert {f"{trial['lr']:g}": trial["accuracy"] for trial in trials} == found[0]["tried"]
+        tried = record_siblings.trials(RESULTS, arm)
+        assert record_siblings.next_trial(tried) is None, "the best rate has a neighbour on either side"
+        assert tried == {(t["eps"], t["lr"]): t["accuracy"] for t in found[0]["tried"]}

@@ -3,13 +3,12 @@
 The pages are put into one, in the order of _toc.yml, so that a link from one to another stays within the file.
 """
 
-import base64
 import sys
 from pathlib import Path
 from urllib.parse import urldefrag, urljoin
 
 import yaml
-from browser import browser_page
+from browser import chromium, visit
 from bs4 import BeautifulSoup
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,16 +57,13 @@ def main():
     page = HTML / "nbs" / "_story.html"  # where what the pages name is found
     page.write_text(whole, "utf8")
     try:
-        with browser_page() as tab:
-            tab.open(page.as_uri())
-            tab.evaluate("document.fonts.ready.then(() => true)")
-            printed = tab.send("Page.printToPDF", printBackground=True, generateDocumentOutline=True, generateTaggedPDF=True,
-                               displayHeaderFooter=True, headerTemplate="<span></span>", marginTop=0.7, marginBottom=0.8,
-                               footerTemplate='<div style="width:100%;text-align:center;font-size:8px"><span class="pageNumber">'
-                               "</span></div>", paperWidth=8.27, paperHeight=11.69)
+        with chromium() as browser:
+            visit(tab := browser.new_page(), page.as_uri())
+            tab.pdf(path=out, format="A4", print_background=True, outline=True, tagged=True, display_header_footer=True,
+                    header_template="<span></span>", margin={"top": "0.7in", "right": "0.4in", "bottom": "0.8in", "left": "0.4in"},
+                    footer_template='<div style="width:100%;text-align:center;font-size:8px"><span class="pageNumber"></span></div>')
     finally:
         page.unlink()
-    out.write_bytes(base64.b64decode(printed["data"]))
     print(f"{out}: {len(pages)} chapters, {out.stat().st_size / 1e6:.1f} MB")
 
 

@@ -5,18 +5,15 @@ Needs Chromium. A hundred test images (CIFAR-10 where $CONVMIXER_DATA or the net
 
 import base64
 import contextlib
-import functools
-import http.server
 import json
 import shutil
 import statistics
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 import torch
-from browser import browser_page
+from browser import chromium, serve
 
 from convmixer_edu.augment import normalize
 from convmixer_edu.inference import load_run
@@ -25,60 +22,47 @@ from convmixer_edu.live import sample_pictures
 from convmixer_edu.machine import device_name
 
 ROOT = Path(__file__).resolve().parent.parent
-ASK = """(async () => {
+ASK = """async pixels => {
   const { network, answer } = await import("/live/network.js")
   const [run, weights] = await Promise.all([fetch("/live/run/config.json").then(r => r.json()),
     fetch("/live/run/model.safetensors").then(r => r.arrayBuffer())])
-  const net = network(run, weights), all = Uint8ClampedArray.from(atob("PIXELS"), c => c.charCodeAt(0)), found = []
+  const net = network(run, weights), all = Uint8ClampedArray.from(atob(pixels), c => c.charCodeAt(0)), found = []
   for (let at = 0; at < all.length; at += 4 * net.size * net.size) {
     const started = performance.now()
     const logits = answer(net, all.subarray(at, at + 4 * net.size * net.size))
     found.push({ logits, ms: performance.now() - started })
   }
   return found
-})()"""
-
-
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    """A server that prints nothing."""
-
-    def log_message(self, *message):
-        pass
+}"""
 
 
 @contextlib.contextmanager
-def served(page="", run=True):
-    """The address of a page with the live network beside it; without `run` its weights are missing."""
+def served(body=""):
+    """Serve a page with the live network beside it; yield its address."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "assets" / "static" / "live", Path(folder) / "live")
         (Path(folder) / "live" / "run").mkdir()
-        for name in ("config.json", "model.safetensors") if run else ():
+        for name in ("config.json", "model.safetensors"):
             shutil.copyfile(pretrained_run() / name, Path(folder) / "live" / "run" / name)
-        (Path(folder) / "index.html").write_text(f"<!doctype html><meta charset=utf8>{page}", "utf8")
-        handler = functools.partial(Quiet, directory=folder)
-        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            try:
-                yield f"http://127.0.0.1:{server.server_port}/"
-            finally:
-                server.shutdown()
+        (Path(folder) / "index.html").write_text(f"<!doctype html><meta charset=utf8><link rel=icon href=data:,>{body}", "utf8")
+        with serve(folder) as address:
+            yield address
 
 
-def measure(images):
-    """What the browser makes of images, uint8 (B, 3, 32, 32), beside what PyTorch does."""
+def measure(images, tab):
+    """What a browser's tab makes of images, uint8 (B, 3, 32, 32), beside what PyTorch does."""
     model, info = load_run(pretrained_run())
     with torch.no_grad():
         expected = model(normalize(images, info.stats.mean, info.stats.std))
     opaque = torch.full((len(images), 1, *images.shape[2:]), 255, dtype=torch.uint8)
     pixels = torch.cat([images, opaque], 1).permute(0, 2, 3, 1).contiguous().numpy().tobytes()
-    with served() as address, browser_page() as tab:
-        tab.open(address)
-        found = tab.evaluate(ASK.replace("PIXELS", base64.b64encode(pixels).decode()))
-        version = tab.send("Browser.getVersion")["product"]
+    with served() as address:
+        tab.goto(address)
+        found = tab.evaluate(ASK, base64.b64encode(pixels).decode())
     logits = torch.tensor([f["logits"] for f in found])
     return {"images": len(images), "difference": float((logits - expected).abs().max()),
             "same_class": int((logits.argmax(1) == expected.argmax(1)).sum()),
-            "ms": statistics.median(f["ms"] for f in found[-20:]), "browser": version,
+            "ms": statistics.median(f["ms"] for f in found[-20:]), "browser": f"Chrome/{tab.context.browser.version}",
             "device": device_name(torch.device("cpu"))}
 
 
@@ -86,7 +70,8 @@ def main():
     from convmixer_edu.data import book_source, load_images
     data = load_images(book_source(), "test", limit=100)
     images = data.images if data.images.shape[1] == 3 else sample_pictures()[0]
-    record = measure(images)
+    with chromium() as browser:
+        record = measure(images, browser.new_page())
     (ROOT / "results" / "browser.json").write_text(json.dumps(record, indent=1) + "\n", "utf8")
     json.dump(record, sys.stdout, indent=1)
 

@@ -1,17 +1,21 @@
 """Train the isotropic relatives side by side: python tools/record_siblings.py --out DIR --budget 1500
 
-About the same number of parameters, the same seconds of training, one recipe but for the learning rate, which each arm
-chooses from the same few values on held-out images. One JSON file a run; a file that is there is not made again.
+About the same number of parameters, the same minute of training, one recipe but for AdamW's eps and the learning rate.
+How many steps each arm takes in a minute is measured first, in turn, on a quiet machine; each run is then of so many
+steps, whatever else the machine does. Each arm chooses both on held-out images: for each eps it climbs a ladder of rates until the best has a neighbour on either
+side. ConvMixer runs without kernels of our own. One JSON file a run; a file that is there is not made again.
 
---part shuffled trains two arms, at the rates they chose, in a world in which the patches of every image, for training
-and for testing, stand in one other order. --part eps tries AdamW's usual eps, on the held-out images.
+--part shuffled trains two arms, by what they chose, in a world in which the patches of every image, for training and for
+testing, stand in one other order.
 """
 
 import argparse
+import itertools
 import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +45,8 @@ SCALES = {  # seconds a run, seconds a trial of a rate, and the arms: images of 
         "MLP-Mixer": lambda: MLPMixer(76, 6, patch_size=2),
         "ResMLP": lambda: ResMLP(76, 4, patch_size=2)}),
 }
-RATES = (0.002, 0.006, 0.02)
-USUAL_EPS, USUAL_RATES = 1e-8, (0.002, 0.006)  # of --part eps
+EPS = (1e-3, 1e-8)  # of AdamW: ConvMixer's and the usual one
+LADDER = (0.0002, 0.0006, 0.002, 0.006, 0.02, 0.06, 0.2)  # rates, of which three in the middle are tried first
 SHUFFLED = ("ConvMixer", "MLP-Mixer")  # the arms of --part shuffled
 
 
@@ -66,13 +70,13 @@ def batches(loader, c, epoch, first):
     yield from loader.batches(epoch, picks(len(loader.data), c, epoch, first))
 
 
-def fit(build, data, test, lr, seed, seconds, device, shuffle=False, eps=PRESETS["quick"].eps):
-    """Train for so many seconds; return what a record holds of it."""
-    c = replace(PRESETS["quick"], lr=lr, seed=seed, eps=eps, precision="auto")
+def contestant(build, data, seed, device, shuffle=False, **changes):
+    """Return what a run needs: the network, its loader and its recipe."""
+    c = replace(PRESETS["quick"], seed=seed, precision="auto", **changes)
     stats, dtype = statistics(data.images), choose_precision(device)
     torch.manual_seed(seed)
     model = build()
-    if isinstance(model[0], nn.Conv2d):  # ConvMixer: its layout and its gradient, as the package trains it
+    if isinstance(model[0], nn.Conv2d):  # ConvMixer: its layout, and its gradient by the fastest way of the library's
         model = model.to(device, memory_format=torch.channels_last)
         side = data.images.shape[-1] // model[0].kernel_size[0]
         kernel = model[3][0].fn[0].kernel_size[0]
@@ -82,29 +86,49 @@ def fit(build, data, test, lr, seed, seconds, device, shuffle=False, eps=PRESETS
         patch = next(layer.stride[0] for layer in model.modules() if isinstance(layer, nn.Conv2d))
         model = nn.Sequential(Shuffle(patch, data.images.shape[-1]), model)
     model.to(device)
-    optimizer, scaler = make_optimizer(model, c), make_scaler(device, dtype)
     loader = make_loader("batched", data, Augment(), stats.mean, stats.std, seed, device)
-    steps, done, spent, history, sums = steps_per_epoch(len(data), c.batch_size), 0, 0.0, [], []
-    batch = next(batches(loader, c, 0, 0))
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    for _ in range(3):  # the first steps allocate: not part of the race
-        train_step(model, optimizer, scaler, *batch, c.clip, dtype)
-    model.load_state_dict(before)
-    optimizer, started = make_optimizer(model, c), time.monotonic()
-    while spent < seconds:
-        for x, y in batches(loader, c, done // steps, done % steps):
+    return model, loader, c, stats, dtype
+
+
+def pace(arms, data, device, rounds=7, steps=20):
+    """Return the seconds a step of each arm, of rounds in turn, and their medians."""
+    runs = {}
+    for arm, build in arms.items():
+        model, loader, c, _, dtype = contestant(build, data, 0, device)
+        runs[arm] = model, make_optimizer(model, c), make_scaler(device, dtype), loader, c, dtype
+    times = {arm: [] for arm in arms}
+    for _ in range(rounds + 1):  # the first one warms up
+        for arm, (model, optimizer, scaler, loader, c, dtype) in runs.items():
+            started = time.monotonic()
+            for x, y in itertools.islice(batches(loader, c, 0, 0), steps):
+                loss = train_step(model, optimizer, scaler, x, y, c.clip, dtype)
+            float(loss)
+            times[arm].append((time.monotonic() - started) / steps)
+    times = {arm: took[1:] for arm, took in times.items()}
+    return {"seconds_a_step": {arm: median(took) for arm, took in times.items()}, "rounds": times,
+            "steps_a_round": steps, **who_ran(device, dtype)}
+
+
+def fit(build, data, test, lr, eps, seed, steps, device, shuffle=False):
+    """Train for so many steps; return what a record holds of it."""
+    model, loader, c, stats, dtype = contestant(build, data, seed, device, shuffle, lr=lr, eps=eps)
+    optimizer, scaler = make_optimizer(model, c), make_scaler(device, dtype)
+    an_epoch, done, history, sums, started = steps_per_epoch(len(data), c.batch_size), 0, [], [], time.monotonic()
+    while done < steps:
+        for x, y in batches(loader, c, done // an_epoch, done % an_epoch):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(min(1.0, spent / seconds), lr)
+                group["lr"] = learning_rate(done / steps, lr)
             sums.append(train_step(model, optimizer, scaler, x, y, c.clip, dtype))
-            done, spent = done + 1, time.monotonic() - started
-            if spent > seconds * (len(history) + 1) / 10:
-                history.append({"seconds": round(spent, 2), "loss": float(torch.stack(sums).mean())})
+            done += 1
+            if done * 10 >= steps * (len(history) + 1):
+                history.append({"steps": done, "loss": float(torch.stack(sums).mean())})
                 sums = []
-            if spent >= seconds:
+            if done == steps:
                 break
+    seconds = round(time.monotonic() - started, 2)  # a fact, not a measure: other work may go on beside it
     seen = score(model.eval(), test, stats, dtype=dtype)
-    return {"lr": lr, "eps": eps, "shuffled": shuffle, "seed": seed, "seconds": round(spent, 2),
-            "steps": done, "epochs": round(done / steps, 3),
+    return {"lr": lr, "eps": eps, "shuffled": shuffle, "seed": seed, "seconds": seconds, "steps": done,
+            "epochs": round(done / an_epoch, 3),
             "parameters": sum(weight.numel() for weight in model.parameters()), "history": history,
             "accuracy": seen["accuracy"], "loss": seen["loss"], **who_ran(device, dtype)}
 
@@ -119,7 +143,7 @@ def main(arguments=None):
     parser.add_argument("--device")
     parser.add_argument("--limit", type=int, help="only so many training images, for a try")
     parser.add_argument("--seconds", type=float, help="another length of a run, for a try")
-    parser.add_argument("--part", choices=("race", "shuffled", "eps"), default="race")
+    parser.add_argument("--part", choices=("race", "shuffled"), default="race")
     options = parser.parse_args(arguments)
     started, device = time.monotonic(), choose_device(options.device)
     seconds, trial, arms = SCALES[options.scale]
@@ -129,41 +153,64 @@ def main(arguments=None):
     whole = load_images(options.data, "train", limit=options.limit)
     test = load_images(options.data, "test", limit=options.limit)
     rest, held = split_holdout(whole, len(whole) // 10, 0)
-    for folder, arm, lr, seed in plan(options, arms):
-        file = options.out / folder / (f"{arm}-{lr}.json" if lr else f"{arm}-seed{seed}.json")
-        if file.exists():
-            continue
-        if time.monotonic() - started + 1.3 * (trial if lr else seconds) > options.budget:
-            print(f"stopped before {file.name}: call again to go on")
-            return
-        if lr:
-            more = {"eps": USUAL_EPS} if folder == "eps" else {}
-            record = fit(arms[arm], rest, held, lr, seed, trial, device, **more)
-        else:
-            found = [json.loads(f.read_text()) for f in sorted((options.out / "rates").glob(f"{arm}-[0-9]*.json"))]
-            if not found:
-                raise SystemExit(f"{options.out}/rates holds no trial of {arm}: make --part race first")
-            best = max(found, key=lambda r: r["accuracy"])["lr"]
-            record = fit(arms[arm], whole, test, best, seed, seconds, device, shuffle=folder == "shuffled")
-            record.update(test_accuracy=record.pop("accuracy"), test_loss=record.pop("loss"),
-                          tried={f"{r['lr']:g}": r["accuracy"] for r in found})
-        record.update(arm=arm, scale=options.scale, train_images=len(rest if lr else whole),
-                      train_fingerprint=whole.fingerprint,
+    def left(name, seconds):
+        """Whether there is time for one more run."""
+        enough = time.monotonic() - started + 1.3 * seconds <= options.budget
+        if not enough:
+            print(f"stopped before {name}: call again to go on")
+        return enough
+
+    def keep(file, arm, record):
+        record.update(arm=arm, scale=options.scale, train_fingerprint=whole.fingerprint,
                       command=f"python tools/record_siblings.py --out DIR --part {options.part} --scale {options.scale}")
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, record)
-        told = {key: record.get(key) for key in ("arm", "lr", "seed", "epochs", "accuracy", "test_accuracy")}
+        told = {key: record.get(key) for key in ("arm", "eps", "lr", "seed", "epochs", "accuracy", "test_accuracy")}
         print(json.dumps(told), flush=True)
 
+    file = options.out / "pace.json"
+    if not file.exists():
+        keep(file, None, pace(arms, whole, device))
+    took = json.loads(file.read_text())["seconds_a_step"]
+    for arm, build in arms.items() if options.part == "race" else ():
+        while following := next_trial(trials(options.out, arm)):
+            eps, lr = following
+            if not left(f"{arm}-{eps:g}-{lr:g}", trial):
+                return
+            keep(options.out / "rates" / f"{arm}-{eps:g}-{lr:g}.json", arm,
+                 fit(build, rest, held, lr, eps, 0, round(trial / took[arm]), device) | {"train_images": len(rest)})
+    shuffle = options.part == "shuffled"
+    for seed, arm in itertools.product(range(options.seeds), SHUFFLED if shuffle else arms):
+        file = options.out / ("shuffled" if shuffle else "") / f"{arm}-seed{seed}.json"
+        if file.exists():
+            continue
+        tried = trials(options.out, arm)
+        if next_trial(tried):
+            raise SystemExit(f"{options.out}/rates does not hold all trials of {arm}: make --part race first")
+        if not left(f"{arm}-seed{seed}", seconds):
+            return
+        eps, lr = max(tried, key=tried.get)
+        record = fit(arms[arm], whole, test, lr, eps, seed, round(seconds / took[arm]), device, shuffle)
+        record.update(test_accuracy=record.pop("accuracy"), test_loss=record.pop("loss"), train_images=len(whole),
+                      tried=[{"eps": eps, "lr": lr, "accuracy": a} for (eps, lr), a in sorted(tried.items())])
+        keep(file, arm, record)
 
-def plan(options, arms):
-    """Return (folder, arm, rate to try or None for a run at the chosen one, seed), in order."""
-    if options.part == "shuffled":
-        return [("shuffled", arm, None, seed) for seed in range(options.seeds) for arm in SHUFFLED]
-    if options.part == "eps":
-        return [("eps", arm, lr, 0) for lr in USUAL_RATES for arm in arms]
-    trials = [("rates", arm, lr, 0) for lr in RATES for arm in arms]
-    return trials + [("", arm, None, seed) for seed in range(options.seeds) for arm in arms]
+
+def trials(folder, arm):
+    """Return the held-out accuracy of each (eps, rate) that an arm has tried."""
+    found = (json.loads(file.read_text()) for file in (folder / "rates").glob(f"{arm}-*.json"))
+    return {(record["eps"], record["lr"]): record["accuracy"] for record in found}
+
+
+def next_trial(tried):
+    """Return the (eps, rate) to try next, or None where the best rate of each eps has its neighbours."""
+    middle = len(LADDER) // 2
+    for eps in EPS:
+        found = {LADDER.index(lr): accuracy for (e, lr), accuracy in tried.items() if e == eps}
+        best = max(found, key=found.get) if found else middle
+        for step in (middle, middle - 1, middle + 1, best - 1, best + 1):
+            if step not in found and 0 <= step < len(LADDER):
+                return eps, LADDER[step]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ export function make(name, properties = {}, ...children) {
 }
 
 function slider(name, text, options, value, changed) {
-  const label = document.createElement("label"), input = document.createElement("input"), shown = document.createElement("output")
+  const label = make("label"), input = make("input"), shown = make("span") // not <output>: it would be read out beside the sentence
   Object.assign(input, { type: "range", min: 0, max: options.length - 1, value: options.indexOf(value) })
   const tell = () => {
     shown.textContent = options[input.value]
