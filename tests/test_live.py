@@ -245,6 +245,7 @@ def test_it_answers_about_a_drawing(show, network, by):
     expect(status).to_have_text(re.compile("^your drawing:.*Live"))
     answered(tab)
     assert is_red(inked(tab, 10, 7)) and inked(tab, 3, 7) == white
+    expect(tab.locator(".live-sketch b")).to_have_text(re.search(": (.*? %)", status.text_content())[1])  # beside the sheet, too
     press(tab.get_by_role("button", name="Clear"), by)
     tab.wait_for_function(f"before => {PICTURE} !== before", arg=tab.evaluate(PICTURE)) if is_red(inked(tab, 10, 7)) else None
     answered(tab)

@@ -99,13 +99,14 @@ class Live {
     this.maps = make("div", { className: "live-maps" })
     this.slider = make("input", { type: "range", min: 0, max: shape.depth, value: shape.depth,
       oninput: () => this.draw(), aria: { "aria-label": "stage of the network" } })
+    this.echo = make("b", { aria: { "aria-hidden": "true" } }) // the answer near a drawing; the status is what is read out
     this.stageName = make("span") // an <output> would be read out beside the slider's own text
     this.panel = make("div", { className: "live-panel" },
       make("div", {}, this.canvas, make("label", { className: "live-switch" }, this.mix, " shuffle the patches")),
       make("div", {}, this.bars, make("label", { className: "live-stage" }, this.stageName, this.slider), this.maps))
     this.shell = make("div", {}, this.choices,
       make("label", { className: "live-own" }, "or a picture of your own: choose, drop or paste ", this.file),
-      sketch(canvas => { this.file.value = ""; this.own(canvas, "your drawing") }), this.panel)
+      sketch(this.echo, canvas => { this.file.value = ""; this.own(canvas, "your drawing") }), this.panel)
     this.figure.prepend(this.shell)
     if (document.activeElement === this.start) this.choices.querySelector("input").focus()
     this.stored.hidden = this.start.hidden = this.progress.hidden = true
@@ -170,6 +171,7 @@ class Live {
     const [chance, name] = best[0]
     const doubt = this.mine && chance < 0.5 ? " It knows ten words. This may be none of them." : ""
     this.status.textContent = `${this.name}: ${name}, ${percent(chance)}.${doubt} Live, ${Math.round(took)} ms.`
+    this.echo.textContent = `${name}, ${percent(chance)}`
     this.draw()
   }
 

@@ -6,8 +6,8 @@ const ROOM = 320, STEP = ROOM / 16 // of the sheet, and of a key
 const KEYS = { ArrowLeft: [-STEP, 0], ArrowRight: [STEP, 0], ArrowUp: [0, -STEP], ArrowDown: [0, STEP], " ": [0, 0] }
 let sheets = 0
 
-/** A fold that holds the sheet, its colours and "Clear"; `done(canvas)` hears of every change */
-export function sketch(done) {
+/** A fold that holds the sheet, its colours, "Clear" and the answer; `done(canvas)` hears of every change */
+export function sketch(answer, done) {
   const number = ++sheets, brush = make("i"), hint = make("p", { id: `sketch-${number}`, textContent:
     "Draw with the mouse or a finger. By keys: arrows move the brush, with Shift they draw, Space makes a dot." })
   const sheet = make("canvas", { width: ROOM, height: ROOM, tabIndex: 0,
@@ -62,6 +62,6 @@ export function sketch(done) {
   place(at)
   return make("details", { className: "live-sketch" }, make("summary", { textContent: "or draw one" }),
     make("fieldset", { className: "live-choices" }, make("legend", { textContent: "colour" }), ...inks),
-    make("div", {}, sheet, brush), hint,
-    make("button", { type: "button", textContent: "Clear", onclick: () => { clear(); done(sheet) } }))
+    make("div", {}, sheet, brush), answer,
+    make("button", { type: "button", textContent: "Clear", onclick: () => { clear(); done(sheet) } }), hint)
 }
