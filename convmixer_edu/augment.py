@@ -38,58 +38,43 @@ def _send(numbers, device):
     return tensor.to(device, non_blocking=True)
 
 # %% ../nbs/W2_augment.ipynb #0f7cc0be
-def _first_fit(area, ratio, height, width, generator, count, strict):
-    "Boxes (h, w) of random area and shape: the first of ten that fits."
-    (low, high), (thin, wide) = area, ratio
+def _boxes(area, ratio, size, generator, count, strict=0):
+    "Boxes as sizes and places, (2, count) each, and whether they fit."
+    (low, high), (first, last) = area, ratio
     u = _uniform(generator, 2, count, 10)
-    target = (low + u[0] * (high - low)) * (height * width)
-    shape = np.exp(log(thin) + u[1] * (log(wide) - log(thin)))
-    h, w = np.sqrt(target / shape).round(), np.sqrt(target * shape).round()
-    fits = (h <= height - strict) & (w <= width - strict) & (h > 0) & (w > 0)
-    first = np.arange(count), fits.argmax(1)
-    return h[first], w[first], fits[first]
-
-
-def _place(size, most, generator):
-    "A random offset, so that `size` still ends within `most`."
-    return np.floor(_uniform(generator, len(size)) * (most - size + 1))
+    target = (low + u[0] * (high - low)) * (size[0] * size[1])
+    shape = np.exp(log(first) + u[1] * (log(last) - log(first)))
+    tried = np.sqrt([target / shape, target * shape]).round()  # (2, count, 10)
+    room = np.array(size)[:, None]  # of height and width
+    fits = ((0 < tried) & (tried <= room[..., None] - strict)).all(0)
+    one = np.arange(count), fits.argmax(1)  # the first of ten that fits
+    sides = tried[:, *one]
+    start = np.floor(_uniform(generator, 2, count) * (room - sides + 1))
+    return sides, start, fits[one]
 
 # %% ../nbs/W2_augment.ipynb #4abf74c2
 def _draw_crop(recipe, count, size, generator):
-    """Where a crop's columns and rows look, in grid_sample's -1 to 1.
+    """Where a crop's rows and columns look, in grid_sample's -1 to 1.
 
     The first of ten boxes that fits, else the largest centred one: as
     torchvision and timm draw."""
-    ratio, (height, width) = recipe.crop_ratio, size
-    h, w, fits = _first_fit((recipe.crop_scale, 1.0), ratio, height, width,
-                            generator, count, 0)
-    whole_h = min(height, round(width / ratio[0]))
-    whole_w = min(width, round(height * ratio[1]))
-    whole = np.array([whole_h, whole_w, (height - whole_h) // 2,
-                      (width - whole_w) // 2])
-    box = np.stack([h, w, _place(h, height, generator),
-                    _place(w, width, generator)])
-    h, w, top, left = np.where(fits, box, whole[:, None])
-    return np.concatenate([_line(left, w, width), _line(top, h, height)], 1)
+    (thin, wide), (height, width), lines = recipe.crop_ratio, size, []
+    sides, start, fits = _boxes((recipe.crop_scale, 1.0), (thin, wide), size,
+                                generator, count)
+    most = min(height, round(width / thin)), min(width, round(height * wide))
+    for i, length in enumerate(size):
+        side = np.where(fits, sides[i], most[i])[:, None]  # (B, 1)
+        first = np.where(fits, start[i], (length - most[i]) // 2)[:, None]
+        look = first + (np.arange(length) + 0.5) / length * side
+        look = look.clip(first + 0.5, first + side - 0.5)  # not beyond it
+        lines.append(look * (2 / length) - 1)
+    return np.concatenate(lines, 1)  # (B, H + W)
 
 
-def _line(start, size, length):
-    "Where each output pixel of one axis looks, (B, length)."
-    step = (np.arange(length) + 0.5) / length
-    look = start[:, None] + step * size[:, None]
-    last = start + size - 0.5  # no look beyond the crop's own pixels
-    look = look.clip(start[:, None] + 0.5, last[:, None])
-    return look * (2 / length) - 1
-
-# %% ../nbs/W2_augment.ipynb #crop0001
-def _crop(images, lines):
-    "Float images (B, C, H, W) looked up at their lines (B, W + H)."
-    b, _, h, w = images.shape
-    x, y = lines.split((w, h), 1)
-    grid = torch.stack([x[:, None].expand(b, h, w),
-                        y[:, :, None].expand(b, h, w)], -1)  # (B, H, W, 2)
-    return F.grid_sample(images, grid, padding_mode="border",
-                         align_corners=False)
+def _sample(images, x, y):
+    "Images (B, C, H, W) looked up at places (B, H, W), bilinearly."
+    return F.grid_sample(images, torch.stack([x, y], -1), align_corners=False,
+                         padding_mode="border")
 
 # %% ../nbs/W2_augment.ipynb #670614a9
 MATRICES = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
@@ -98,28 +83,31 @@ OPS = ("Identity", "AutoContrast", "Equalize", "Invert", "Posterize",
        "Sharpness", *MATRICES)
 
 
-def _blend(f, n, bands, k):
+def _blend(f, n, names, k):
     "plain + factor * (f - plain), cut off as Pillow does; keeps n's bits."
     grey = f
     if k.shape[0] == 3:  # Pillow's luminance: sixteen bits, exact in float32
         grey = torch.addcmul(k.half, f, k.luma).sum(1, keepdim=True).floor()
     mean = (grey.sum((1, 2), keepdim=True) * n.mean).round()
     plain = torch.addcmul(mean, n.grey, grey)
-    if bands:  # Pillow's SMOOTH: neighbours weigh 1, the centre 5
+    if "Sharpness" in names:  # Pillow's SMOOTH: neighbours 1, the centre 5
         image = f.view(-1, *k.shape[1:])  # (BC, H, W)
-        box = torch.bmm(image, bands[1])  # sums of three, left to right
-        box = torch.baddbmm(image, bands[0], box, beta=4 / 13, alpha=1 / 13)
+        down, along = (t.expand(len(image), -1, -1)
+                       for t in (k.down, k.along))
+        box = torch.bmm(image, along)  # sums of three, left to right
+        box = torch.baddbmm(image, down, box, beta=4 / 13, alpha=1 / 13)
         smooth = f.lerp(box.round_().view(f.shape), k.inner)  # rim stays
         plain = torch.addcmul(plain, n.smooth, smooth)
     f = (f - plain).mul_(n.factor).add_(plain).clamp_(0, 255)
     return f.floor_().mul_(n.step)
 
 # %% ../nbs/W2_augment.ipynb #63c68b2b
-def _points(f, n, names, zeros, bands, k):
+def _points(f, n, names, k):
     "All operations but the five that move pixels; whole levels (B, C, HW)."
     if "Equalize" in names:  # and AutoContrast
         value = f.long()
-        counts = zeros.scatter_add(2, value, n.equal.expand(f.shape))
+        counts = f.new_zeros(*f.shape[:2], 256).scatter_add_(
+            2, value, n.equal.expand(f.shape))
         darker = (counts.cumsum(2) - counts).gather(2, value)
         place = torch.addcmul(darker, f - f.amin(2, keepdim=True), n.auto)
         step = place.amax(2, keepdim=True).floor_divide(255)
@@ -128,113 +116,87 @@ def _points(f, n, names, zeros, bands, k):
         f = torch.where(f < 128, f + n.add, f)
     if "Solarize" in names:
         f = torch.where(f < n.top, f, 255 - f)
-    return _blend(f, n, bands, k)
+    return _blend(f, n, names, k)
 
 # %% ../nbs/W2_augment.ipynb #83d5af66
-def _matrix(ops, args, height, width, whole):
-    "Where a pixel comes from: (x, y) = M (x, y, 1), as (3, 2, B)."
-    drew = {name: args * (ops == OPS.index(name)) for name in MATRICES}
+def _matrix(op, args, height, width, nearest):
+    "Where a pixel comes from: M of (x, y) = M (x, y, 1), column by column."
+    drew = {name: args * op[name] for name in MATRICES}
     turn = np.deg2rad(drew["Rotate"])
     cos, sin, x0, y0 = np.cos(turn), np.sin(turn), width / 2, height / 2
     right, down = drew["TranslateX"] * width, drew["TranslateY"] * height
-    if whole:  # torchvision moves by whole pixels
+    if nearest:  # torchvision moves by whole pixels
         right, down = np.trunc(right), np.trunc(down)
-    return np.array([
-        [cos, sin + drew["ShearY"]], [drew["ShearX"] - sin, cos],
-        [x0 - cos * x0 + sin * y0 + right, y0 - sin * x0 - cos * y0 + down]])
+    return (cos, sin + drew["ShearY"], drew["ShearX"] - sin, cos,
+            x0 - cos * x0 + sin * y0 + right,
+            y0 - sin * x0 - cos * y0 + down)
 
 
-def _looks(m, nearest, k):
-    "Places to look at and whether they are inside, for each of n matrices."
-    at = m[0] * k.x + m[1] * k.y + m[2]
-    within = at.clamp(k.first, k.last)  # (2n, B, 1, HW): the x, then the y
-    x, y = (at == within).chunk(2)
-    inside = (x & y).unbind()  # n times (B, 1, HW)
-    c, h, w = k.shape
+def _move(f, m, moved, nearest, k):
+    "Turn, shear or move each image by m (3, 2, B, 1, 1); k.fill comes in."
+    at = m[0] * k.x + m[1] * k.y + m[2]  # (2, B, 1, HW)
+    within = at.clamp(k.first, k.last)
+    inside, (c, h, w) = (at == within).all(0), k.shape
     if nearest:
-        x, y = within.long().chunk(2)
-        place = torch.add(x, y, alpha=w).expand(-1, -1, c, -1)
-    else:
-        place = torch.stack((at * k.scale - 1).chunk(2), -1)
-        place = place.view(-1, *place.shape[1:2], h, w, 2)
-    return list(zip(place.unbind(), inside))
-
-
-def _move(f, n, look, nearest, k):
-    "Turn, shear or move each image; `fill` comes in from outside."
-    place, inside = look
-    if nearest:
+        x, y = within.long()
+        place = torch.add(x, y, alpha=w).expand(-1, c, -1)
         return torch.where(inside, f.gather(2, place), k.fill)
-    out = F.grid_sample(f.view(-1, *k.shape), place, padding_mode="border",
-                        align_corners=False).flatten(2)
-    out = torch.where(inside, out.add_(1e-3).floor_(), k.fill)  # cuts
-    return f.lerp(out, n.moved)
+    out = _sample(f.view(-1, c, h, w), *(at * k.scale - 1).view(2, -1, h, w))
+    out = torch.where(inside, out.flatten(2).add_(1e-3).floor_(), k.fill)
+    return f.lerp(out, moved)  # cut off, as Pillow does
 
 # %% ../nbs/W2_augment.ipynb #numb0001
 _Numbers = namedtuple("_Numbers", "auto equal half add top mean grey smooth "
                       "factor step moved")
 
 
-def _numbers(ops, args, pixels):
-    "What the operations (B,) are to the kernels: a row for each number."
+def _numbers(ops, args, shape, nearest=False):
+    "What operations are to the kernels: of each its matrix and 11 numbers."
+    c, h, w = shape
+    args = np.asarray(args, np.float64)
     op = {name: ops == i for i, name in enumerate(OPS)}
     blends = op["Brightness"] | op["Contrast"] | op["Color"] | op["Sharpness"]
     step = np.exp2((8 - np.ceil(args)) * op["Posterize"])  # of its levels
-    return np.stack(_Numbers(
+    return np.stack(_matrix(op, args, h, w, nearest) + _Numbers(
         auto=op["AutoContrast"] * 2.0**20, equal=op["Equalize"],
         half=np.where(op["Equalize"], 0.5, 1e-3),  # rounds, or cuts off
         add=np.trunc(args * op["SolarizeAdd"]),
         top=np.where(op["Solarize"], args, np.where(op["Invert"], -1, 1e9)),
-        mean=op["Contrast"] * (1 + 2**-22) / pixels,  # a half goes up
+        mean=op["Contrast"] * (1 + 2**-22)  # a half goes up
+        / (h * w * (1 if c == 3 else c)),
         grey=op["Color"], smooth=op["Sharpness"],
         factor=np.where(blends, args, 1 / step), step=step,
-        moved=ops >= len(OPS) - len(MATRICES)))
+        moved=ops >= len(OPS) - len(MATRICES)), -1)
 
 # %% ../nbs/W2_augment.ipynb #cons0001
-def _constants(shape, device, fill=0.0, n=1):
+def _constants(shape, device, fill=0.0):
     "What the kernels need and no draw changes, for images (C, H, W)."
     c, h, w = shape
+    fill = np.asarray(fill, np.float64)
+    expect(fill.shape in ((), (c,)) and ((0 <= fill) & (fill <= 1)).all(),
+           f"fill is {fill}", f"a number from 0 to 1, or {c} of them")
     y, x = np.divmod(np.arange(h * w), w)
-    inner = (x > 0) & (x < w - 1) & (y > 0) & (y < h - 1)
-    side = np.repeat(np.float32([w, h]), n)[:, None, None, None]
-    luma = np.array([19595, 38470, 7471])[:, None] / 2**16
-    level = np.broadcast_to(np.round(np.multiply(fill, 255)), c)[:, None]
-    given = {"x": x + 0.5, "y": y + 0.5, "inner": inner, "first": side * 0,
-             "last": np.nextafter(side, np.float32(0)), "scale": 2 / side,
-             "luma": luma, "half": np.array([[0.5], [0], [0]]), "fill": level}
-    for name, n in (("columns", h), ("rows", w)):  # ones near the diagonal
-        given[name] = abs(np.subtract.outer(*[np.arange(n)] * 2)) < 2
-    k = {name: _send(value, device) for name, value in given.items()}
-    return SimpleNamespace(**k, shape=tuple(shape))
+    side = np.float32([w, h]).reshape(2, 1, 1, 1)
+    near = {n: np.tri(n, k=1) * np.tri(n, k=1).T for n in (h, w)}
+    k = {"x": x + 0.5, "y": y + 0.5, "down": near[h], "along": near[w],
+         "inner": (x > 0) & (x < w - 1) & (y > 0) & (y < h - 1),
+         "first": side * 0, "last": np.nextafter(side, np.float32(0)),
+         "scale": 2 / side, "half": np.array([[0.5], [0], [0]]),
+         "luma": np.array([[19595], [38470], [7471]]) / 2**16,
+         "fill": np.zeros((c, 1)) + np.round(fill * 255).reshape(-1, 1)}
+    return SimpleNamespace(shape=tuple(shape), **{
+        name: _send(value, device) for name, value in k.items()})
 
 # %% ../nbs/W2_augment.ipynb #many0001
-def _rows(draws, names, nearest, shape):
-    "Drawn (ops, args) as (11 n, B) numbers, (6 n, B) more if pixels move."
-    c, h, w = shape
-    draws = [(ops, np.asarray(args, np.float64)) for ops, args in draws]
-    rows = [_numbers(*draw, h * w * (1 if c == 3 else c)) for draw in draws]
-    if names & {*MATRICES}:
-        moves = np.stack([_matrix(*draw, h, w, nearest) for draw in draws], 2)
-        rows.append(moves.reshape(6 * len(draws), -1))
-    return np.concatenate(rows)
-
-
 def _many(f, rows, names, nearest, k):
     "n operations an image, one after the other, on levels (B, C, HW)."
-    moves, size = names & {*MATRICES}, len(_Numbers._fields)
-    count = len(rows) // (size + 6 * bool(moves))
-    numbers, *looks = rows.split((count * size, *[2 * count] * bool(
-        moves) * 3))
-    numbers = numbers.unbind()
-    looks = _looks(looks, nearest, k) if moves else None
-    b, c, _ = f.shape
-    zeros = f.new_zeros(b, c, 256) if "Equalize" in names else None
-    bands = "Sharpness" in names and [
-        t.expand(b * c, -1, -1) for t in (k.columns, k.rows)]
-    for i in range(count):
-        n = _Numbers(*numbers[i * size:(i + 1) * size])
-        f = _points(f, n, names, zeros, bands, k)
-        f = _move(f, n, looks[i], nearest, k) if moves else f
+    rows = rows.unflatten(1, (-1, 6 + len(_Numbers._fields)))  # (B, n, 17)
+    for numbers in rows.permute(1, 2, 0)[..., None, None]:
+        n = _Numbers(*numbers[6:])
+        f = _points(f, n, names, k)
+        if "Rotate" in names:
+            m = numbers[:6].unflatten(0, (3, 2))
+            f = _move(f, m, n.moved, nearest, k)
     return f
 
 # %% ../nbs/W2_augment.ipynb #775a4ada
@@ -256,10 +218,11 @@ def apply_ops(
     ops, args = np.asarray(ops), np.asarray(args)
     expect(ops.shape == args.shape == (count,), f"ops have shape {ops.shape}"
            f", args {args.shape}", f"twice ({count},)")
-    rows = _rows([(ops, args)], {*OPS}, nearest, shape)
-    f = _many(images.float().flatten(2),
-              _send(rows[..., None, None], images.device), {*OPS}, nearest,
-              _constants(shape, images.device, fill))
+    expect(np.isin(ops, range(len(OPS))).all(), f"ops are {ops.min()} to "
+           f"{ops.max()}", f"0 to {len(OPS) - 1}")
+    k = _constants(shape, images.device, fill)
+    rows = _send(_numbers(ops, args, shape, nearest), images.device)
+    f = _many(images.float().flatten(2), rows, OPS, nearest, k)
     return f.to(torch.uint8).view(images.shape)
 
 # %% ../nbs/W2_augment.ipynb #c7d5d592
@@ -281,18 +244,17 @@ _TURNS = {"Rotate": (0.0, 30.0), "ShearX": (0.0, 0.3), "ShearY": (0.0, 0.3)}
 POLICIES = {
     # rand-m9-mstd0.5-inc1: timm.data.auto_augment, the paper's
     "timm": Policy(10.0, 0.5, False, 0.5, {
-        "AutoContrast": (0.0, 0.0), "Equalize": (0.0, 0.0),
-        "Invert": (0.0, 0.0), "Posterize": (4.0, 0.0),
-        "Solarize": (256.0, 0.0), "SolarizeAdd": (0.0, 110.0),
-        "TranslateX": (0.0, 0.45), "TranslateY": (0.0, 0.45),
+        "AutoContrast": (0, 0), "Equalize": (0, 0), "Invert": (0, 0),
+        "Posterize": (4, 0), "Solarize": (256, 0), "SolarizeAdd": (0, 110),
+        "TranslateX": (0, 0.45), "TranslateY": (0, 0.45),
         **_AROUND_ONE, **_TURNS}),
     # torchvision.transforms.RandAugment: the authors' later, light script.
     # It rounds 8 - 4m/30 to the nearest bit, we round up: hence the halves.
     "torchvision": Policy(30.0, 1.0, True, 0.0, {
-        "Identity": (0.0, 0.0), "AutoContrast": (0.0, 0.0),
-        "Equalize": (0.0, 0.0), "Posterize": (7.5, 3.5),
-        "Solarize": (255.0, 0.0), "TranslateX": (0.0, 150 / 331),
-        "TranslateY": (0.0, 150 / 331), **_AROUND_ONE, **_TURNS}),
+        "Identity": (0, 0), "AutoContrast": (0, 0), "Equalize": (0, 0),
+        "Posterize": (7.5, 3.5), "Solarize": (255, 0),
+        "TranslateX": (0, 150 / 331), "TranslateY": (0, 150 / 331),
+        **_AROUND_ONE, **_TURNS}),
 }
 
 # %% ../nbs/W2_augment.ipynb #6f58a3db
@@ -325,7 +287,7 @@ def _draw_jitter(strength, count, generator):
     order = _uniform(generator, count, 3).argsort(1)
     args = 1 + strength * (2 * _uniform(generator, count, 3) - 1)
     ids = np.array([OPS.index(name) for name in _JITTER])
-    return list(zip(ids[order.T], args.T.astype(np.float32)))
+    return ids[order], args.astype(np.float32)  # (B, 3)
 
 # %% ../nbs/W2_augment.ipynb #d5632c5f
 def normalize(
@@ -337,53 +299,46 @@ def normalize(
     "(images - mean) / std, as one multiply-add; ValueError unless C of each."
     _check(images, "torch.uint8, or floats")
     top = 255 if images.dtype == torch.uint8 else 1
-    scale, shift = (_send(t.view(-1, 1, 1), images.device)
-                    for t in _scale(mean, std, images.shape[1], top))
+    scale, shift = _scale(mean, std, images.shape[1], images.device, top)
     out = torch.empty_like(images, dtype=dtype)
-    return torch.addcmul(shift, images, scale, out=out)
+    return torch.addcmul(shift[..., None], images, scale[..., None], out=out)
 
 
-def _scale(mean, std, c, top=255):
-    "Factor and summand of each channel that normalise values up to `top`."
+def _scale(mean, std, c, device, top=255):
+    "Factor and summand (C, 1) that normalise values up to `top`."
     mean, std = (torch.as_tensor(t, dtype=torch.float64).flatten()
                  for t in (mean, std))
     expect(len(mean) == len(std) == c and (std > 0).all(),
            f"mean has {len(mean)} and std {len(std)} values",
            f"{c}, one a channel, and no std of 0")
-    return 1 / (top * std), -mean / std
+    return [_send(t[:, None], device) for t in (1 / (top * std), -mean / std)]
 
 # %% ../nbs/W2_augment.ipynb #eras0001
-def _draw_erase(p, mode, count, shape, generator):
-    """Boxes (4, B), empty without a hit; noise (B, CHW), 0 there, or None.
+def _draw_erase(recipe, count, shape, generator):
+    """Boxes (B, 4), empty without a hit, and noise (B, CHW), 0 there.
 
     As timm draws them: 0.02 to 1/3 of the image, 0.3 to 1/0.3 times as high
     as wide, the first of ten that fits, else none."""
-    c, height, width = shape
-    box, noise = np.zeros((4, count)), None
-    if mode == "pixel":
-        noise = torch.zeros(count, c * height * width, dtype=torch.float32)
-    hit = (_uniform(generator, count) < p).nonzero()[0]
-    if len(hit):
-        w, h, fits = _first_fit((0.02, 1 / 3), (0.3, 1 / 0.3), width, height,
+    parts = {"box": np.zeros((count, 4))}
+    hit = (_uniform(generator, count) < recipe.erase).nonzero()[0]
+    sides, start, fits = _boxes((0.02, 1 / 3), (1 / 0.3, 0.3), shape[1:],
                                 generator, len(hit), 1)
-        top = _place(h, height, generator)
-        left = _place(w, width, generator)
-        box[:, hit] = top, top + h * fits, left, left + w
-        if noise is not None:
-            noise[hit] = torch.randn(len(hit), c, height, width,
-                                     generator=generator,
-                                     dtype=torch.float32).flatten(1)
-    return box, noise
+    parts["box"][hit] = np.concatenate([start, start + sides * fits]).T
+    if recipe.erase_mode == "pixel":
+        noise = parts["noise"] = np.zeros((count, np.prod(shape)), np.float32)
+        noise[hit] = torch.randn(len(hit), noise.shape[1], dtype=torch.float32,
+                                 generator=generator)
+    return parts
 
 
 def _inside(box, k):
-    "Which pixels lie in the boxes (4, B, 1, 1): bool (B, 1, HW)."
-    top, bottom, left, right = box.unbind()
+    "Which pixels lie in the boxes (B, 4): bool (B, 1, HW)."
+    top, left, bottom, right = box[..., None, None].unbind(1)
     return (k.y > top) & (k.y < bottom) & (k.x > left) & (k.x < right)
 
 # %% ../nbs/W2_augment.ipynb #mixd0001
-def _draw_mix(mixup, cutmix, count, size, generator):
-    """timm's draws for a batch as rows (8, B), the same for all images.
+def _draw_mix(recipe, count, size, generator):
+    """timm's draws for a batch as rows (B, 8), the same for all images.
 
     Share of the image itself and of its partner, for pixels outside of the
     box and for targets, then the box. timm draws from numpy's generator: it
@@ -391,26 +346,27 @@ def _draw_mix(mixup, cutmix, count, size, generator):
     from timm.data import Mixup  # slow to import
     from timm.data.mixup import cutmix_bbox_and_lam
 
+    mixer, before = Mixup(recipe.mixup, recipe.cutmix), np.random.get_state()
     seed = int(torch.randint(2**31, (), generator=generator))
-    mixer, before = Mixup(mixup, cutmix), np.random.get_state()
     try:
         np.random.seed(seed)
         share, cut = mixer._params_per_batch()
-        own, box = 1.0 if cut else share, (0, 0, 0, 0)
-        if cut and share != 1:
+        own, top, left, bottom, right = share, 0, 0, 0, 0
+        if cut:
             box, share = cutmix_bbox_and_lam(size, share)
+            own, (top, bottom, left, right) = 1.0, box
     finally:
         np.random.set_state(before)
-    rows = np.array([own, 1 - own, share, 1 - share, *box])
-    return np.broadcast_to(rows[:, None], (8, count))
+    row = own, 1 - own, share, 1 - share, top, left, bottom, right
+    return np.broadcast_to(row, (count, 8))
 
 
 def _mix(x, y, rows, k):
     "x (B, C, HW) and y (B, n) mixed with the same in reverse."
-    pixels, targets, box = rows.split_with_sizes((2, 2, 4))
+    own, other, mine, yours, box = rows.split((1, 1, 1, 1, 4), 1)
     inside = _inside(box, k)  # (B, 1, HW): all the partner's
-    (own, other), (mine, yours) = pixels.unbind(), targets.flatten(2).unbind()
-    own, other = own.masked_fill(inside, 0), other.masked_fill(inside, 1)
+    own = own[..., None].masked_fill(inside, 0)
+    other = other[..., None].masked_fill(inside, 1)
     return x * own + x.flip(0) * other, y * mine + y.flip(0) * yours
 
 # %% ../nbs/W2_augment.ipynb #daf76165
@@ -442,14 +398,13 @@ class Augment:
         expect(policy in POLICIES, f"randaug_policy is {policy!r}",
                f"one of {', '.join(POLICIES)}")
         most = dict.fromkeys(("crop_scale", "jitter", "erase", "smoothing"), 1)
-        if self.randaug_n:
-            most["randaug_m"] = POLICIES[policy].top
+        most["randaug_m"] = POLICIES[policy].top if self.randaug_n else 1e9
         for name in (*most, "randaug_n", "randaug_spread", "mixup", "cutmix"):
-            value, top = getattr(self, name), most.get(name, float("inf"))
+            value, top = getattr(self, name), most.get(name, 1e9)
             expect(0 <= value <= top, f"{name} is {value}",
                    f"a number from 0 to {top:g}")
-        expect(0 < thin <= wide, f"crop_ratio is {self.crop_ratio}",
-               "0 < low <= high")
+        expect(0 < thin <= wide < float("inf"), "crop_ratio is "
+               f"{self.crop_ratio}", "0 < low <= high")
         expect(self.erase_mode in ("pixel", "const"), "erase_mode is "
                f"{self.erase_mode!r}", "pixel or const")
 
@@ -475,7 +430,8 @@ class Augment:
         for images that are no floats or labels that do not fit them.
         """
         _check(images, "normalised floats")
-        expect(labels.dtype == torch.int64 and len(labels) == len(images),
+        expect(labels.dtype == torch.int64
+               and labels.shape == images.shape[:1],
                f"labels are {labels.dtype} of shape {tuple(labels.shape)}",
                f"torch.int64 of shape ({len(images)},), one an image")
         kernels, parts = self._alone(images, num_classes, generator,
@@ -493,9 +449,6 @@ class Augment:
         return kernels, kernels.unpack(packed.to(device, non_blocking=True))
 
 # %% ../nbs/W2_augment.ipynb #kern0001
-_BY_IMAGE = {"crop", "noise"}  # a row an image; all others, a column
-
-
 class Kernels:
     """A recipe at work: all draws of a step first, then all kernels.
 
@@ -506,77 +459,66 @@ class Kernels:
         self.recipe, self.shape = recipe, tuple(shape)
         self.device = device = torch.device(device)
         self.policy = POLICIES[recipe.randaug_policy]
-        self.names = {*self.policy.ranges}
         fill = self.policy.fill if recipe.fill is None else recipe.fill
-        self.k = _constants(shape, device, fill, recipe.randaug_n)
-        self.scale, self.shift = (_send(t[:, None], device) for t in
-                                  _scale(mean, std, self.shape[0]))
+        self.k = _constants(shape, device, fill)
+        self.scale, self.shift = _scale(mean, std, shape[0], device)
         part = recipe.smoothing  # of each class's target, spread over all
         self.targets = _send(np.eye(num_classes) * (1 - part)
                              + part / num_classes, device)
-        self.sizes = {"index": 1} | {  # numbers an image
-            name: part.size // 2
-            for name, part in self._draw(2, Generator()).items()}
+        self.sizes = {name: part.shape[1] for name, part in
+                      self._draw(2, Generator()).items()}  # numbers an image
 
-    def _draw(self, count, generator):
-        "All draws as numpy arrays by name, in this order."
-        a, parts = self.recipe, {}
+    def _draw(self, count, generator, index=0):
+        "All draws as numpy arrays (count, n) by name, in this order."
+        a, shape = self.recipe, self.shape
+        parts = {"index": np.broadcast_to(index, count)}
         if a.crop_scale < 1:
-            parts["crop"] = _draw_crop(a, count, self.shape[1:], generator)
+            parts["crop"] = _draw_crop(a, count, shape[1:], generator)
         if a.flip:  # a coin for each image: 1 for mirrored
-            parts["flip"] = (_uniform(generator, count) < 0.5)[None]
+            parts["flip"] = _uniform(generator, count, 1) < 0.5
         if a.randaug_n:
-            draws = [draw_ops(count, a, generator)
-                     for _ in range(a.randaug_n)]
-            parts["randaug"] = _rows(draws, self.names, self.policy.nearest,
-                                     self.shape)
+            ops, args = np.stack([draw_ops(count, a, generator)
+                                  for _ in range(a.randaug_n)], -1)
+            parts["randaug"] = _numbers(ops, args, shape, self.policy.nearest)
         if a.jitter:
-            parts["jitter"] = _rows(_draw_jitter(a.jitter, count, generator),
-                                    {*_JITTER}, False, self.shape)
+            parts["jitter"] = _numbers(*_draw_jitter(
+                a.jitter, count, generator), shape)
         if a.erase:
-            parts["box"], noise = _draw_erase(a.erase, a.erase_mode, count,
-                                              self.shape, generator)
-            if noise is not None:
-                parts["noise"] = noise.numpy()
+            parts |= _draw_erase(a, count, shape, generator)
         if a.mixup or a.cutmix:
-            parts["mix"] = _draw_mix(a.mixup, a.cutmix, count, self.shape[1:],
-                                     generator)
-        return parts
+            parts["mix"] = _draw_mix(a, count, shape[1:], generator)
+        return {name: part.reshape(count, -1)
+                for name, part in parts.items()}
 
     def pack(self, count, generator, index=0, own=slice(None)):
         """All draws of a step for `count` images, those of `own` in a buffer.
 
-        It is float32 (K, b), pinned for a GPU; `index` travels with them."""
-        parts = {"index": np.broadcast_to(index, (1, count))}
-        parts |= self._draw(count, generator)
-        rows = [(part[own] if name in _BY_IMAGE else part[:, own]).ravel()
-                for name, part in parts.items()]
-        numbers = np.concatenate(rows, dtype=np.float32, casting="unsafe")
-        packed = torch.from_numpy(numbers.reshape(-1, len(rows[0])))
+        It is float32 (b, K), pinned for a GPU; `index` travels with them."""
+        parts = self._draw(count, generator, index)
+        numbers = np.concatenate([part[own] for part in parts.values()], 1,
+                                 dtype=np.float32, casting="unsafe")
+        packed = torch.from_numpy(numbers)
         return packed.pin_memory() if self.device.type == "cuda" else packed
 
     def unpack(self, packed):
-        "The parts of a buffer by name."
-        parts = packed.view(*packed.shape, 1, 1).split_with_sizes(
-            tuple(self.sizes.values()))
-        return {name: part.view(packed.shape[1], -1)
-                if name in _BY_IMAGE else part
-                for name, part in zip(self.sizes, parts)}
+        "The parts (b, n) of a buffer by name."
+        return dict(zip(self.sizes, packed.split([*self.sizes.values()], 1)))
 
     def change(self, images, parts):
         "uint8 (B, CH, W) to grey levels (B, C, HW), augmented."
-        f = images.float()
+        f, k = images.float(), self.k
         if "crop" in parts:
-            f = _crop(f.view(-1, *self.shape), parts["crop"]).round()
-            f = f.flatten(1, 2)
+            y, x = parts["crop"].split(k.shape[1:], 1)  # (B, H), (B, W)
+            f = _sample(f.view(-1, *k.shape), *torch.broadcast_tensors(
+                x[:, None], y[..., None])).round().flatten(1, 2)
         if "flip" in parts:
-            f = f.lerp(f.flip(2), parts["flip"])
-        f = f.view(-1, self.shape[0], self.k.x.numel())
+            f = f.lerp(f.flip(2), parts["flip"][..., None])
+        f = f.view(len(f), k.shape[0], -1)
         if "randaug" in parts:
-            f = _many(f, parts["randaug"], self.names, self.policy.nearest,
-                      self.k)
+            f = _many(f, parts["randaug"], self.policy.ranges,
+                      self.policy.nearest, k)
         if "jitter" in parts:
-            f = _many(f, parts["jitter"], {*_JITTER}, False, self.k)
+            f = _many(f, parts["jitter"], _JITTER, False, k)
         return f
 
     def finish(self, f, labels, parts):

@@ -4,7 +4,7 @@
 __all__ = ['DEFAULT_SOURCE', 'CIFAR10_MEAN', 'CIFAR10_STD', 'expect', 'ImageSet', 'stratified_index', 'check_count',
            'split_holdout', 'picture_suffixes', 'brief', 'open_image', 'read_image', 'resolve_source', 'expand',
            'source_kind', 'pick_split', 'tell', 'list_files', 'open_source', 'source_state', 'is_own', 'cache_folder',
-           'make_private', 'written_aside', 'load_images', 'book_source']
+           'make_private', 'private_folder', 'written_aside', 'load_images', 'book_source']
 
 # %% ../nbs/W1_data.ipynb #48d2db4f
 import hashlib
@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import sys
+import tempfile
 import time
 import warnings
 from contextlib import contextmanager, suppress
@@ -28,7 +29,6 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub import errors as hub
 from PIL import Image, ImageOps, UnidentifiedImageError
-from pyarrow import types as kinds
 from pyarrow.parquet import ParquetFile
 from rich.console import Console
 from rich.progress import track
@@ -37,9 +37,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .escape import visible
-
-for _float in (np.float32, np.float64):  # before anyone flushes denormals,
-    np.finfo(_float)  # or numpy warns that the smallest number is zero
 
 # %% ../nbs/W1_data.ipynb #exp00001
 def expect(
@@ -132,8 +129,7 @@ def stratified_index(
     g, chosen = torch.Generator().manual_seed(seed), []
     for c, q in enumerate(quota.tolist()):
         members = (labels == c).nonzero()[:, 0]
-        order = torch.randperm(len(members), generator=g)
-        chosen.append(members[order[:q]])
+        chosen.append(members[torch.randperm(len(members), generator=g)[:q]])
     return torch.cat(chosen).sort().values
 
 
@@ -178,7 +174,7 @@ def brief(error) -> str:
 
 
 @contextmanager
-def _reading(file, what, told=Exception):  # kinds with a good sentence
+def _reading(file, what):
     "Only files, no pipes or devices; whatever is wrong becomes a sentence."
     try:
         if isinstance(file, (str, Path)) and os.path.exists(
@@ -187,11 +183,10 @@ def _reading(file, what, told=Exception):  # kinds with a good sentence
         yield
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {file}") from None
+    except UnidentifiedImageError:  # it would name an object in memory
+        raise ValueError(f"{what}: its bytes are no picture") from None
     except Exception as error:  # each library has its own kinds
-        good = isinstance(error, told) and not isinstance(
-            error, UnidentifiedImageError)
-        why = brief(error) if good else "its bytes are no picture"
-        raise ValueError(f"{what}: {why}") from None
+        raise ValueError(f"{what}: {brief(error)}") from None
 
 # %% ../nbs/W1_data.ipynb #961ffd7e
 def _to_rgb(image):
@@ -203,24 +198,22 @@ def _to_rgb(image):
         raise OSError("its pixels are floats (mode F)")
     if image.mode.upper() in ("RGBA", "LA", "PA") or (
             "transparency" in image.info):
-        image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
 
 # %% ../nbs/W1_data.ipynb #0fde6208
 def open_image(file, name, upright=True):
     "A picture as Pillow's 8-bit RGB; raises as `read_image` does."
-    with _reading(file, f"{name} is not an image that can be read", (
-            OSError, Warning, Image.DecompressionBombError)):
-        Image.init()
-        known = [kind for kind in _RASTER if kind in Image.OPEN]
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=known) as image:
-                if upright:  # as the camera noted
-                    ImageOps.exif_transpose(image, in_place=True)
-                return _to_rgb(image)
+    Image.init()
+    known = [kind for kind in _RASTER if kind in Image.OPEN]
+    with (_reading(file, f"{name} is not an image that can be read"),
+          warnings.catch_warnings(action="error",
+                                  category=Image.DecompressionBombWarning),
+          Image.open(file, formats=known) as image):
+        if upright:  # as the camera noted
+            ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
 
 # %% ../nbs/W1_data.ipynb #rdim0001
 def read_image(
@@ -246,8 +239,8 @@ def _to_tensor(image, size, channels):
     if size is not None and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     image = image.convert("L") if channels == 1 else image
-    pixels = torch.from_numpy(np.array(image))
-    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
+    pixels = np.atleast_3d(np.array(image))  # (H, W, C)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 # %% ../nbs/W1_data.ipynb #ee30d155
 def resolve_source(
@@ -260,9 +253,7 @@ def resolve_source(
 
 def expand(path: str | os.PathLike) -> Path:
     "A path with ~ as the home folder, where there is one."
-    with suppress(RuntimeError):  # a user without a home
-        return Path(path).expanduser()
-    return Path(path)
+    return Path(os.path.expanduser(path))  # Path's own raises without one
 
 
 def source_kind(source: str) -> str:
@@ -298,12 +289,10 @@ _TESTS = ("test", "val", "valid", "validation")  # what people call it
 
 def pick_split(splits: dict, split: str, source):
     "The split asked for or its like, or a ValueError that lists all."
-    name = split
-    if split in _TESTS:  # val stands in for test, but never test for val
-        name = next((name for name in (split, *_TESTS[1:])
-                     if name in splits), split)
-        if name != split == "test":
-            tell(f"{source} has no test split: {name} is taken for it")
+    like = _TESTS[1:] if split in _TESTS else ()  # but never test for val
+    name = next((name for name in (split, *like) if name in splits), split)
+    if name != split == "test":
+        tell(f"{source} has no test split: {name} is taken for it")
     expect(name in splits, f"{source} has no split {name!r}",
            f"one of: {', '.join(sorted(splits)) or 'none'}")
     return splits[name]
@@ -375,20 +364,15 @@ def list_files(
     return files
 
 # %% ../nbs/W1_data.ipynb #files001
-class _Files:
+class _Files(list):
     "Pictures in class folders; item i is (what to call it, its file)."
 
     def __init__(self, files):
+        super().__init__((str(path), path) for paths in files.values()
+                         for path in paths)
         self.classes = tuple(files)
-        self.paths = [path for paths in files.values() for path in paths]
         self.labels = [i for i, paths in enumerate(files.values())
                        for _ in paths]
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        return str(self.paths[i]), self.paths[i]
 
 # %% ../nbs/W1_data.ipynb #04054af1
 def _by_split(files):
@@ -401,34 +385,32 @@ def _by_split(files):
     return splits
 
 
-def _read_parquet(file, do):
-    "do(the open file); what pyarrow raises becomes one ValueError."
-    with _reading(file, f"{file} cannot be read as parquet"):
-        with open(file, "rb") as opened, ParquetFile(opened) as table:
-            return do(table)
+@contextmanager
+def _parquet(file):
+    "A parquet file, open; what pyarrow raises becomes one ValueError."
+    with (_reading(file, f"{file} cannot be read as parquet"),
+          open(file, "rb") as opened, ParquetFile(opened) as table):
+        yield table
 
 # %% ../nbs/W1_data.ipynb #1ece35b6
 class _Table:
     "Pictures in parquet files; item i is (what to call it, its file)."
 
     def __init__(self, files, source, every):
-        self.source, self.rows, self.piece = source, [], None
-        for file in files:
-            meta = _read_parquet(file, lambda table: table.metadata)
-            self.rows += [(file, group, i)
-                          for group in range(meta.num_row_groups)
-                          for i in range(meta.row_group(group).num_rows)]
-        schema = _read_parquet(files[0], lambda table: table.schema_arrow)
+        self.source, self.rows, self.piece, values = source, [], None, []
+        with _parquet(files[0]) as table:
+            schema = table.schema_arrow
         self.picture, label, names = _columns(schema, source)
-        values = _values(files, label)
-        expect(len(values) == len(self), f"{source} has {len(values)} labels "
-               f"for {len(self)} images", "one for each")
+        for file, group, found in _values(files, label):
+            self.rows += [(file, group, i) for i in range(len(found))]
+            values += found
         if names is None:  # a plain column: its values are the classes
-            names = sorted({v for v in _values(every, label)
-                            if isinstance(v, str) or v is not None and v >= 0},
+            seen = {v for *_, found in _values(every, label) for v in found}
+            names = sorted((v for v in seen if isinstance(v, str)
+                            or v is not None and v >= 0),
                            key=lambda v: (isinstance(v, str), v))
             number = {value: i for i, value in enumerate(names)}
-            values = [number.get(v, -1) for v in values]
+            values = [number.get(v) for v in values]
         self.labels = [-1 if v is None else v for v in values]
         self.classes = tuple(map(str, names))
 
@@ -438,9 +420,9 @@ class _Table:
     def __getitem__(self, i):
         *piece, row = self.rows[i]
         if piece != self.piece:  # the last one stays at hand
-            file, group = piece
-            self.cells = _read_parquet(file, lambda table: (
-                table.read_row_group(group, [self.picture])[self.picture]))
+            with _parquet(piece[0]) as table:
+                self.cells = table.read_row_group(
+                    piece[1], [self.picture])[self.picture]
             self.piece = piece  # read
         cell, name = self.cells[row].as_py(), f"image {i} of {self.source}"
         content = cell.get("bytes") if isinstance(cell, dict) else cell
@@ -451,26 +433,24 @@ class _Table:
 
 # %% ../nbs/W1_data.ipynb #3e530f36
 def _values(files, column):
-    "The labels in some files, those that have no such column left out."
-    def read(table):
-        if column not in table.schema_arrow.names:
-            return []
-        values = table.read([column])[column].to_pylist()
-        if not all(v is None or isinstance(v, (int, str)) for v in values):
-            raise ValueError(f"its column {column} is of another kind than "
-                             "that of the first file")
-        return values
-
-    return [v for file in files for v in _read_parquet(file, read)]
+    "(file, piece, the column's values there), None where it is missing."
+    for file in files:
+        with _parquet(file) as table:
+            for group in range(table.num_row_groups):
+                found = table.read_row_group(group, [column])
+                values = (found[column].to_pylist() if found.num_columns
+                          else [None] * found.num_rows)
+                expect(all(v is None or isinstance(v, (int, str))
+                           for v in values), f"its column {column} is of "
+                       "another kind", "that of the first file")
+                yield file, group, values
 
 # %% ../nbs/W1_data.ipynb #e670cfce
-_COLUMNS = {  # the note's word for it, its usual names, whether a type fits
-    "picture": ("Image", ("image", "img"), lambda kind: (
-        kinds.is_binary(kind) or kinds.is_large_binary(kind)
-        or kinds.is_struct(kind) and "bytes" in [f.name for f in kind])),
-    "label": ("ClassLabel", ("label", "labels"), lambda kind: (
-        kinds.is_integer(kind) or kinds.is_string(kind)
-        or kinds.is_large_string(kind)))}
+_COLUMNS = {  # the note's word for it, its usual names, the types that fit
+    "picture": ("Image", ("image", "img"),
+                r"(dictionary<values=)?(large_)?binary|struct<(.*, )?bytes:"),
+    "label": ("ClassLabel", ("label", "labels"),
+              r"(dictionary<values=)?(u?int\d|(large_)?string)")}
 
 
 def _columns(schema, source):
@@ -480,25 +460,23 @@ def _columns(schema, source):
         note = json.loads((schema.metadata or {})[b"huggingface"])
         noted = {name: f for name, f in note["info"]["features"].items()
                  if isinstance(f, dict)}  # no note, or no such: none
-    plain = [kind.value_type if kinds.is_dictionary(kind) else kind
-             for kind in schema.types]
-    for what, (tag, usual, fits) in _COLUMNS.items():
-        names = [name for name, kind in zip(schema.names, plain)
-                 if fits(kind)]
+    for what, (tag, usual, kinds) in _COLUMNS.items():
+        names = [name for name, kind in zip(schema.names, schema.types)
+                 if re.match(kinds, str(kind))]
         names = [name for name in names
                  if noted.get(name, {}).get("_type") == tag] or names
         expect(names, f"{source} has no {what} column, only "
                f"{', '.join(schema.names)}",
                "one of pictures and one of class labels")
-        chosen.append(next((name for name in usual if name in names),
-                           names[0]))
-        if len(names) > 1:
-            names.remove(chosen[-1])
-            tell(f"{source}: {what}s are taken from column {chosen[-1]}, "
-                 f"not from {', '.join(names)}")
-    names = noted.get(chosen[1], {}).get("names")
-    whole = kinds.is_integer(schema.types[schema.names.index(chosen[1])])
-    return *chosen, names if whole and isinstance(names, list) else None
+        first, *rest = sorted(names, key=lambda n: (*usual, n).index(n))
+        chosen.append(first)
+        if rest:
+            tell(f"{source}: {what}s are taken from column {first}, "
+                 f"not from {', '.join(rest)}")
+    names = noted.get(first, {}).get("names")
+    kind = str(schema.types[schema.names.index(first)])
+    given = isinstance(names, list) and re.match("u?int", kind)
+    return *chosen, names if given else None
 
 # %% ../nbs/W1_data.ipynb #bd47ba8e
 @cache
@@ -578,19 +556,14 @@ def _decode(pictures, index, size):
 def _read_source(source, split, files, size, limit):
     "Decode a split, or a stratified `limit` of it."
     pictures = open_source(source, split, files)
-    classes = pictures.classes
-    try:
-        labels = torch.as_tensor(np.asarray(pictures.labels, dtype=np.int64))
-    except OverflowError:  # beyond 64 bits
-        raise ValueError(f"{source} has labels that are no numbers of "
-                         "classes") from None
-    expect(len(labels), f"split {split!r} of {source} has no images", "some")
+    classes, n = pictures.classes, len(pictures)
+    with _reading(None, f"{source} has labels that are no numbers of classes"):
+        labels = torch.tensor(pictures.labels, dtype=torch.int64)
+    expect(n, f"split {split!r} of {source} has no images", "some")
     expect(len(classes) > 1, f"{source} has only the class "
            f"{', '.join(classes)}", "at least two")
-    _check_labels(labels, len(labels), len(classes))
-    index = torch.arange(len(labels))
-    if limit is not None and limit < len(labels):
-        index = stratified_index(labels, limit)
+    _check_labels(labels, n, len(classes))
+    index = stratified_index(labels, min(limit or n, n))
     return ImageSet(_decode(pictures, index, size), labels[index], classes)
 
 # %% ../nbs/W1_data.ipynb #0540d17e
@@ -641,6 +614,20 @@ def make_private(folder: Path) -> Path:
     if os.name == "posix" and folder.stat().st_mode & 0o022:
         folder.chmod(0o700)
     return folder
+
+
+def private_folder(name: str) -> Path:
+    "`name` below the cache; without one, a folder that goes with the process."
+    folder = cache_folder()
+    with suppress(OSError):
+        if folder is not None and is_own(folder / name):
+            return make_private(make_private(folder).resolve() / name)
+    return Path(_temporary().name)
+
+
+@cache
+def _temporary():
+    return tempfile.TemporaryDirectory(prefix="convmixer-")
 
 # %% ../nbs/W1_data.ipynb #e0781d52
 @contextmanager
@@ -755,9 +742,8 @@ def book_source() -> str:
             if not _on_the_hub(source):  # was it fetched before?
                 _from_hub(source, "train"), _from_hub(source, "test")
         except (ValueError, FileNotFoundError):
-            source = "digits"
-            why = ("CIFAR-10 is not here and the Hugging Face Hub is out of "
-                   "reach")
+            source, why = "digits", ("CIFAR-10 is not here and the Hugging "
+                                     "Face Hub is out of reach")
     if source == "digits":
         print("This page runs on scikit-learn's digits, grey images of 8 "
               f"by 8 pixels,\nbecause {why}.")

@@ -2,16 +2,15 @@
 
 # %% auto #0
 __all__ = ['keep_compiled_code_private', 'by_groups', 'weight_gradient_methods', 'can_use', 'weight_gradient', 'depthwise_conv',
-           'DepthwiseConv2d', 'fast_depthwise', 'choose_method']
+           'DepthwiseConv2d', 'fast_depthwise', 'time_call', 'race', 'choose_method']
 
 # %% ../nbs/P1_gradient.ipynb #bab47789
-import functools
 import getpass
 import importlib.util
 import logging
 import os
 import tempfile
-import time
+import timeit
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import cache_folder, is_own, make_private
+from .data import is_own, make_private, private_folder
 
 # With a CUDA toolkit but no GPU, the compiler complains; we ask for no GPU.
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -29,39 +28,20 @@ def keep_compiled_code_private() -> None:
     """Let compilers keep their code where only this user can write
 
     PyTorch keeps it in /tmp, by a name that anybody can take first. Here it
-    lies below `cache_folder()`, or, without one, in a folder that goes with
-    this process. $TORCHINDUCTOR_CACHE_DIR and $TRITON_CACHE_DIR still hold."""
+    lies in a `private_folder`. $TORCHINDUCTOR_CACHE_DIR and
+    $TRITON_CACHE_DIR still hold."""
     usual = os.path.join(tempfile.gettempdir(), "torchinductor_")
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         if os.environ.get(name, usual).startswith(usual):
-            os.environ[name] = os.path.join(_compiled(), name.split("_")[0])
+            os.environ[name] = str(private_folder("compiled")
+                                   / name.split("_")[0])
     with suppress(OSError, KeyError, ImportError):  # no name, no user
-        _keep_headers_private(Path(usual + getpass.getuser()))
-
-
-def _keep_headers_private(folder):
-    "Compiled headers go to torch's own place in any case, if it is ours"
-    if is_own(folder):
-        make_private(folder)
-    else:
-        from torch._inductor import config
-        config.cpp_cache_precompile_headers = False
-
-
-def _compiled():
-    "A folder for compiled code"
-    folder = cache_folder()
-    if folder is not None and is_own(folder / "compiled"):
-        with suppress(OSError):
-            return make_private(make_private(folder).resolve() / "compiled")
-    return _temporary().name
-
-
-@functools.cache
-def _temporary():
-    "A folder for this process, removed at its end"
-    return tempfile.TemporaryDirectory(prefix="convmixer-")
-
+        headers = Path(usual + getpass.getuser())  # there in any case
+        if is_own(headers):
+            make_private(headers)
+        else:
+            from torch._inductor import config
+            config.cpp_cache_precompile_headers = False
 
 # %% ../nbs/P1_gradient.ipynb #7a0b7dc2
 def by_groups(
@@ -241,6 +221,39 @@ def _is_depthwise(conv):
             and conv.kernel_size[0] == conv.kernel_size[1])
 
 # %% ../nbs/P1_gradient.ipynb #16d51a49
+def time_call(
+    function,  # without arguments
+    device: torch.device,
+    calls: int = 20,  # on a GPU
+) -> float:  # seconds
+    "Of a call; on a GPU the mean of some, between two marks on its own clock"
+    if device.type != "cuda":
+        return timeit.timeit(function, number=1)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
+    start.record()
+    for _ in range(calls):
+        function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000 / calls
+
+
+def race(
+    steps: dict,  # functions without arguments, by name
+    device: torch.device,
+    rounds: int = 5,
+) -> dict:  # seconds of the fastest call of each
+    """Time functions in turn
+
+    One whose first call takes three times the best is not called again."""
+    times = {name: time_call(step, device, 1) for name, step in steps.items()}
+    fair = [name for name in steps if times[name] <= 3 * min(times.values())]
+    for _ in range(rounds):
+        for name in fair:
+            times[name] = min(times[name], time_call(steps[name], device))
+    return times
+
+# %% ../nbs/P1_gradient.ipynb #race0001
 _chosen = {}  # (shape, kernel, type, device, layout) -> (name, its times)
 
 
@@ -250,24 +263,16 @@ def choose_method(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     layout: torch.memory_format = torch.channels_last,
-    rounds: int = 5,  # of which the fastest counts; a GPU needs but one
-) -> tuple[str, dict[str, float]]:  # the fastest, milliseconds of each
+    rounds: int = 10,  # of which the fastest counts; a GPU needs but one
+) -> tuple[str, dict[str, float]]:  # the fastest, seconds of each
     """The fastest correct way for this shape on this machine
 
-    Forward and backward are timed, in turn; the answer is kept for the
-    process. A way whose first call takes three times the best is dropped
-    then and there."""
+    Forward and backward are timed; the answer is kept for the process."""
     device = torch.device(device)
     key = tuple(shape), kernel_size, dtype, str(device), layout
     if key not in _chosen:
         steps = _candidates(shape, kernel_size, dtype, device, layout)
-        times = {name: _milliseconds(step, device, calls=1)
-                 for name, step in steps.items()}
-        least = min(times.values())
-        steps = {n: s for n, s in steps.items() if times[n] <= 3 * least}
-        for _ in range(1 if device.type == "cuda" else rounds):
-            for name, step in steps.items():
-                times[name] = min(times[name], _milliseconds(step, device))
+        times = race(steps, device, 1 if device.type == "cuda" else rounds)
         _chosen[key] = min(times, key=times.get), times
     return _chosen[key]
 
@@ -304,23 +309,3 @@ def _close(ours, theirs):
     "Equal, but for the rounding of half precision"
     apart = (ours.float() - theirs.float()).abs().max()
     return bool(apart <= 0.03 * theirs.float().abs().max())
-
-
-def _milliseconds(step, device, calls=20):
-    "Of one step: a GPU's own clock over many, or the best of a few on a CPU"
-    if device.type == "cuda":
-        for _ in range(3 if calls > 1 else 0):
-            step()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(calls):
-            step()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / calls
-    times = []
-    for _ in range(min(calls, 2)):
-        start = time.perf_counter()
-        step()
-        times.append(1000 * (time.perf_counter() - start))
-    return min(times)

@@ -32,6 +32,7 @@ IMAGENET_GPUS = (10, "setup-batch")
 # %% ../nbs/07_imagenet.ipynb #0c7ff424
 import argparse
 import os
+import re
 import sys
 
 from timm.scheduler.scheduler import Scheduler
@@ -52,7 +53,8 @@ def imagenet_flags(
     if processes < 1 or fits < 1 or whole % processes:
         raise ValueError(f"{processes} GPUs with {fits} images at a time "
                          f"cannot share a batch of {whole}: expected a "
-                         "number of GPUs that divides it, and an image")
+                         "number of GPUs that divides it, each with room "
+                         "for an image")
     own = whole // processes
     turns = next(t for t in range(1, own + 1)
                  if own % t == 0 and own // t <= fits)
@@ -86,11 +88,14 @@ def main():
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--batch-size", "-b", type=int, default=64)
     given, others = parser.parse_known_args()
+    gpus = os.environ.get("WORLD_SIZE", "1")
+    if not re.fullmatch("[0-9]{1,9}", gpus):
+        sys.exit(f"WORLD_SIZE is {gpus!r:.40}, expected the number of GPUs, as "
+                 "torchrun sets it")
     try:
         import train  # timm's, not ours
         timms = train.create_scheduler_v2
-        sys.argv[1:] = imagenet_flags(int(os.environ.get("WORLD_SIZE", 1)),
-                                      given.batch_size) + others
+        sys.argv[1:] = imagenet_flags(int(gpus), given.batch_size) + others
     except (ImportError, AttributeError):
         sys.exit("timm's train.py is not here: put it into this folder, it "
                  "lies in timm's repository")

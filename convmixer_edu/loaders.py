@@ -37,7 +37,7 @@ class Loader:
     ):
         expect(len(data) <= 2**24, f"the data set has {len(data)} images",
                "at most 2**24, which float32 can count")
-        if augment.randaug_policy == "timm" and not augment.fill:
+        if augment.randaug_policy == "timm" and augment.fill is None:
             augment = replace(augment, fill=tuple(mean))
         self.data, self.seed, self.device = data, seed, torch.device(device)
         self.labels = data.labels.to(self.device)
@@ -51,7 +51,7 @@ class Loader:
         epoch: int,  # counted from 0
         step: int,  # of the epoch
         index: Tensor,  # int64 (B,): the images of the whole batch
-    ) -> Tensor:  # float32 (K, b) on the CPU, pinned for a GPU; b: own rows
+    ) -> Tensor:  # float32 (b, K) on the CPU, pinned for a GPU; b: own rows
         "All that a step needs to know, in one buffer."
         return self.kernels.pack(
             len(index), keyed_generator(self.seed, 2, epoch, step),
@@ -71,7 +71,7 @@ class Batched(Loader):
 
     def make(
         self,
-        packed: Tensor,  # float32 (K, b), from `pack`, on the device
+        packed: Tensor,  # float32 (b, K), from `pack`, on the device
     ) -> tuple[Tensor, Tensor]:  # (b, C, H, W) floats and targets (b, n)
         "A step's batch: the same kernels for any draws, nothing asked back."
         parts = self.kernels.unpack(packed)

@@ -2,8 +2,7 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'Published', 'find_published', 'our_keys', 'sizes_of', 'from_timm', 'read_weights', 'load_pretrained',
-           'fetch_weights', 'targets', 'Judged', 'Tally', 'evaluate_pretrained', 'confused', 'finetune_config',
-           'first_weights']
+           'targets', 'Judged', 'Tally', 'evaluate_pretrained', 'confused', 'finetune_config', 'first_weights']
 
 # %% ../nbs/W15_published.ipynb #2342a300
 import argparse
@@ -22,12 +21,11 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save
-from timm.data import ImageNetInfo, create_loader
+from timm.data import ImageNetInfo, create_loader, resolve_data_config
 from timm.models import convmixer as timms
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from .checkpoint import (CheckpointError, check_tensors,
+from .checkpoint import (CheckpointError, check_tensors, ensure,
                                       read_checkpoint, write_checkpoint)
 from .data import (brief, cache_folder, expand, expect, is_own,
                                 list_files, make_private, open_image,
@@ -106,13 +104,12 @@ def sizes_of(
 ) -> dict[str, int]:  # what `variant` wants
     "Read a ConvMixer's sizes off its weights; `ValueError` if it is none"
     depth = sum(key.endswith(".0.fn.0.weight") for key in tensors)
-    shapes = []
-    for key, n in (("0.weight", 4), ("3.0.fn.0.weight", 4),
-                   (f"{depth + 5}.weight", 2)):
-        shapes.append(tensors[key].shape if key in tensors else ())
-        expect(len(shapes[-1]) == n, "these are not the weights of a "
-               "ConvMixer with a classifier", f"a {key} of {n} dimensions")
-    stem, depthwise, head = shapes
+    stem, depthwise, head = (
+        tensors[key].shape if key in tensors else () for key in
+        ("0.weight", "3.0.fn.0.weight", f"{depth + 5}.weight"))
+    expect((len(stem), len(depthwise), len(head)) == (4, 4, 2), "these are "
+           "not the weights of a ConvMixer with a classifier",
+           f"kernels 0 and 3.0.fn.0, and a matrix {depth + 5}.weight")
     return dict(dim=stem[0], depth=depth, kernel_size=depthwise[3],
                 patch_size=stem[3], num_classes=head[0], in_chans=stem[1])
 
@@ -165,12 +162,16 @@ def read_weights(
     No code in a file is ever run. Raises `CheckpointError` in one sentence
     for a file that is missing, damaged, or holds something else."""
     file = expand(file)
-    if not file.is_file():
-        raise CheckpointError(f"there is no file {file}: expected weights, "
-                              "as .safetensors or .pth")
-    found = _read(file)
+    ensure(file.is_file(), f"there is no file {file}: expected weights, as "
+           ".safetensors or .pth")
+    held, name = _unwrap(_read(file), file)
     try:
-        tensors, name = _unwrap(found, file)
+        expect(isinstance(held, dict) and held and all(
+            map(_plain, held.values())), "it holds no weights",
+            "a dict of tensors, alone or as its 'state_dict'")
+        tensors = {_BEGINS.sub("", str(key)): tensor.to(
+            torch.float32 if tensor.is_floating_point() else None, copy=True)
+            for key, tensor in held.items()}  # copied: the file may change
         for key, tensor in tensors.items():
             expect(tensor.isfinite().all(), f"it is damaged: {key} holds "
                    "values that are no numbers", "numbers: fetch it again")
@@ -210,7 +211,7 @@ def _plain(t):
 
 
 def _unwrap(found, file):
-    "The named tensors inside what training scripts put around them"
+    "What is inside of what training scripts put around it, and its name"
     name = None
     for _ in range(4):  # no more: a dict may hold itself
         inner = [key for key in _WRAPPINGS if isinstance(found, dict)
@@ -222,13 +223,7 @@ def _unwrap(found, file):
                  "is taken")
         if inner:
             name, found = found.get("arch") or name, found[inner[0]]
-    expect(isinstance(found, dict) and found and all(
-        map(_plain, found.values())), "it holds no weights",
-        "a dict of tensors, alone or as its 'state_dict'")
-    return {  # copied, lest one be a view of a file that may change
-        _BEGINS.sub("", str(key)): tensor.to(
-            torch.float32 if tensor.is_floating_point() else None, copy=True)
-        for key, tensor in found.items()}, name
+    return found, name
 
 # %% ../nbs/W15_published.ipynb #1d034cc3
 def load_pretrained(
@@ -244,16 +239,16 @@ def load_pretrained(
     if file is not None:
         return _from_file(entry, file, activation)
     for again in (False, True):
-        path = fetch_weights(name, again)
+        path = _fetch(name, entry, again)
         try:
             _check_published(entry, path)
             return _from_file(entry, path)
         except CheckpointError as error:
-            why = error
-        if not again:
-            warnings.warn(f"{why}; it is fetched anew", stacklevel=2)
-    raise CheckpointError(f"what the Hub sends for {name} is of no use "
-                          f"({why}): give a file of your own")
+            if again:
+                raise CheckpointError(
+                    f"what the Hub sends for {name} is of no use ({error}): "
+                    "give a file of your own") from None
+            warnings.warn(f"{error}; it is fetched anew", stacklevel=2)
 
 
 def _from_file(entry, file, activation=None):
@@ -272,18 +267,11 @@ def _from_file(entry, file, activation=None):
         raise CheckpointError(f"{file} does not fit: {error}") from None
 
 # %% ../nbs/W15_published.ipynb #8e27eff8
-def fetch_weights(
-    name: str,  # a key of PUBLISHED
-    again: bool = False,  # even if they are here
-) -> Path:  # in the cache of huggingface_hub
-    """The file of timm's weights, fetched from the Hub if it is not here
-
-    Raises `CheckpointError` when the Hub cannot be reached."""
-    entry = find_published(name)
-    settings = entry.settings
-    ask = dict(repo_id=settings.hf_hub_id.partition("@")[0],
-               filename=settings.hf_hub_filename or "model.safetensors",
-               revision=entry.revision)
+def _fetch(name, entry, again):
+    "timm's file in the cache of huggingface_hub, fetched if it is not here"
+    place = entry.settings.hf_hub_id.partition("@")[0]
+    ask = dict(repo_id=place, revision=entry.revision, filename=(
+        entry.settings.hf_hub_filename or "model.safetensors"))
     if not again:
         with suppress(FileNotFoundError):  # the Hub's kind is one, too
             return Path(hf_hub_download(**ask, local_files_only=True))
@@ -292,9 +280,9 @@ def fetch_weights(
                                     etag_timeout=3))
     except Exception as error:  # of the network, the disk, the Hub
         raise CheckpointError(
-            f"the weights of {name} cannot be fetched from {ask['repo_id']} "
-            f"on the Hugging Face Hub ({brief(error)}): connect, or give a "
-            "file") from None
+            f"the weights of {name} cannot be fetched from {place} on the "
+            f"Hugging Face Hub ({brief(error)}): connect, or give a file"
+        ) from None
 
 
 def _check_published(entry, path):
@@ -302,11 +290,10 @@ def _check_published(entry, path):
     with open(path, "rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     link = Path(os.readlink(path)).name if path.is_symlink() else ""
-    wanted = entry.sha256 or (link if len(link) == 64 else digest)
-    if digest != wanted:  # the cache calls a large file by its checksum
-        raise CheckpointError(f"{path} is damaged or is not the file that was "
-                              f"published: its SHA-256 is {digest}, expected "
-                              f"{wanted}")
+    wanted = entry.sha256 or (link if len(link) == 64 else digest)  # the
+    # cache calls a large file by its checksum
+    ensure(digest == wanted, f"{path} is damaged or is not the file that was "
+           f"published: its SHA-256 is {digest}, expected {wanted}")
     if entry.sha256 is None:
         tell(f"{path} could not be compared with what was published: we "
              f"know no checksum; it has the SHA-256 {digest}")
@@ -331,9 +318,8 @@ def targets(
     return list(range(classes))
 
 # %% ../nbs/W15_published.ipynb #6b45c77c
-class Judged(Dataset):
+class Judged:
     "Pictures and the right answers; timm's loader sets `transform`"
-    transform = None
 
     def __init__(self, pictures, numbers: list[int], first: int = 0):
         for i, label in enumerate(pictures.labels):
@@ -354,33 +340,23 @@ class Judged(Dataset):
 class Tally:
     "What is known so far about a network's answers, also in a file"
 
-    def __init__(self, classes: int = 1000, file: Path | None = None):
-        self.file, self.tensors = file, {
-            "top5": torch.zeros((), dtype=torch.int64),
-            "loss": torch.zeros((), dtype=torch.float64),
-            "confusion": torch.zeros(classes, classes, dtype=torch.int32)}
+    def __init__(self, file: Path | None = None):
+        self.file, self.rows = file, torch.zeros(0, 4, dtype=torch.float64)
         if file is not None and file.exists():  # an earlier, killed call's
             try:
-                if not is_own(file):
-                    raise CheckpointError(f"{file} belongs to another user")
-                self.tensors, _ = read_checkpoint(file)
+                ensure(is_own(file), f"{file} belongs to another user")
+                self.rows = read_checkpoint(file)[0]["rows"]
             except CheckpointError as error:
                 warnings.warn(f"{error}; evaluated from the start",
                               stacklevel=3)
 
-    @property
-    def done(self) -> int:
-        "Images seen"
-        return int(self.tensors["confusion"].sum())
-
     def add(self, logits: Tensor, y: Tensor) -> None:  # (B, n) and (B,)
-        "Count the answers to some images, beside the right classes"
-        logits, y, t = logits.float().cpu(), y.cpu(), self.tensors
+        "The answers to some images, beside the right classes"
+        logits, y = logits.float().cpu(), y.cpu()
         best = logits.topk(min(5, logits.shape[1]), 1).indices  # (B, 5)
-        t["top5"] += (best == y[:, None]).any(1).sum()
-        t["loss"] += F.cross_entropy(logits, y, reduction="sum")
-        t["confusion"].index_put_((y, best[:, 0]), torch.ones(
-            len(y), dtype=torch.int32), accumulate=True)
+        self.rows = torch.cat([self.rows, torch.stack([
+            y, best[:, 0], (best == y[:, None]).any(1),
+            F.cross_entropy(logits, y, reduction="none")], 1)])  # (N, 4)
 
     def keep(self) -> None:
         "Write it down; a full disk is no reason to stop"
@@ -388,19 +364,20 @@ class Tally:
             if self.file is not None:
                 make_private(make_private(self.file.parent.parent)
                              / self.file.parent.name)
-                write_checkpoint(self.file, self.tensors, {})
+                write_checkpoint(self.file, {"rows": self.rows}, {})
         except (CheckpointError, OSError) as error:
             warnings.warn("the evaluation goes on, but cannot be kept: "
                           f"{error}", stacklevel=3)
 
     def summary(self) -> dict:
         "Accuracies in per cent, mean loss, [true, answered, how often]"
-        t, n = self.tensors, self.done
-        pairs = t["confusion"].nonzero()
-        counts = t["confusion"][pairs[:, 0], pairs[:, 1]]
-        return {"top1": 100 * int(t["confusion"].diagonal().sum()) / n,
-                "top5": 100 * int(t["top5"]) / n,
-                "loss": float(t["loss"]) / n, "images": n,
+        true, answered, top5, loss = self.rows.T
+        pairs, counts = self.rows[:, :2].long().unique(dim=0,
+                                                       return_counts=True)
+        n = len(loss)
+        return {"top1": 100 * int((true == answered).sum()) / n,
+                "top5": 100 * int(top5.sum()) / n,
+                "loss": float(loss.sum()) / n, "images": n,
                 "confusion": torch.cat([pairs, counts[:, None]], 1).tolist()}
 
 # %% ../nbs/W15_published.ipynb #0bd79821
@@ -428,6 +405,7 @@ def evaluate_pretrained(
     Pictures are read as they are needed. Killed and called again, it goes on
     and ends with the same numbers. Raises `ValueError` in one sentence."""
     source, settings = os.fspath(source), find_published(name).settings
+    frame = resolve_data_config(pretrained_cfg=settings.to_dict())
     expect(source_kind(source) != "digits", "digits are no photographs",
            "a folder of images, or a dataset on the Hub")
     files = list_files(source, split, alone=True)
@@ -435,42 +413,33 @@ def evaluate_pretrained(
     expect(len(pictures), f"{source} has no images in split {split}", "some")
     numbers = targets(pictures.classes, settings.num_classes)
     device, model = choose_device(device), load_pretrained(name, file)
-    tally = Tally(settings.num_classes, _note(
-        name, model, source, split, pictures.classes,
-        source_state(source, files), settings.crop_pct,
-        settings.interpolation, settings.input_size))
-    before, began = tally.done, time.monotonic()
-    model, saved = model.to(device), began
+    tally = Tally(_note(name, model, source, split, pictures.classes,
+                        source_state(source, files), frame))
+    before, began = len(tally.rows), time.monotonic()
+    model, saved, left = model.to(device), began, len(pictures) - before
+    batches = left and create_loader(  # timm's own
+        Judged(pictures, numbers, before), batch_size=batch_size,
+        num_workers=workers, device=device, persistent_workers=False,
+        pin_memory=device.type == "cuda", **frame)
     try:
-        for x, y in _batches(Judged(pictures, numbers, before), settings,
-                             batch_size, workers, device):
+        for x, y in batches or ():
             with torch.inference_mode():
                 tally.add(model(x), y)
             if time.monotonic() - saved >= save_seconds:
                 tally.keep()
                 saved = time.monotonic()
                 if report:
-                    report({"done": tally.done, "images": len(pictures)})
+                    report({"done": len(tally.rows),
+                            "images": len(pictures)})
     except (ValueError, OSError) as error:  # a worker's has its traceback
         last = str(error).strip().split("\n")[-1]
         raise ValueError(re.sub(r"^\w+Error: ", "", last)) from None
     if tally.file is not None:
         tally.file.unlink(missing_ok=True)
-    seconds = time.monotonic() - began
-    return {"model": name, **tally.summary(), "crop_pct": settings.crop_pct,
-            "interpolation": settings.interpolation,
-            "image_size": settings.input_size[1], "images_per_second":
-            round((tally.done - before) / seconds, 1)}
-
-
-def _batches(pictures, settings, batch_size, workers, device):
-    "Images and labels on the device, made by timm's own loader"
-    return create_loader(
-        pictures, settings.input_size, batch_size, mean=settings.mean,
-        std=settings.std, crop_pct=settings.crop_pct,
-        interpolation=settings.interpolation, num_workers=workers,
-        device=device, pin_memory=device.type == "cuda",
-        persistent_workers=False) if len(pictures) else ()
+    speed = left / (time.monotonic() - began)
+    return {"model": name, **tally.summary(), "crop_pct": frame["crop_pct"],
+            "interpolation": frame["interpolation"], "image_size":
+            frame["input_size"][1], "images_per_second": round(speed, 1)}
 
 # %% ../nbs/W15_published.ipynb #16982163
 def confused(
@@ -501,7 +470,4 @@ def first_weights(
     file: str | os.PathLike | None = None,  # None: timm's, from the Hub
 ) -> dict[str, Tensor]:  # by our keys
     "Published weights without the classifier, for other classes"
-    model = load_pretrained(name, file)
-    head = f"{len(model) - 1}."
-    return {key: tensor for key, tensor in model.state_dict().items()
-            if not key.startswith(head)}
+    return load_pretrained(name, file)[:-1].state_dict()

@@ -16,7 +16,6 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-import time
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
@@ -24,43 +23,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .data import (cache_folder, is_own, make_private,
-                                written_aside)
+from .data import is_own, private_folder, written_aside
+from .depthwise import race
 from .distributed import (SyncedBatchNorm2d, all_sum, any_of,
                                        world)
+from .machine import processor
 from .model import Residual
 
 # %% ../nbs/P2_units.ipynb #63fecc03
 FLAGS = ("-std=c++17 -O3 -march=native -fopenmp -ffp-contract=fast "
          "-fno-math-errno -fno-trapping-math -shared -fPIC").split()
 
-
-def _processor():
-    "What -march=native depends on"
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return [platform.machine(), platform.processor(), *sorted({
-        s for s in lines if s.startswith(("model name", "flags", "Feat"))})]
-
-
-@functools.cache
-def _temporary():
-    "A folder for this process, removed at its end"
-    return tempfile.TemporaryDirectory(prefix="convmixer-")
-
-# %% ../nbs/P2_units.ipynb #97cd6dba
-def _folder():
-    "A folder that only this user can write to"
-    folder = cache_folder()
-    with suppress(OSError):
-        if folder is not None and is_own(folder / "kernels"):
-            return make_private(make_private(folder) / "kernels")
-    return Path(_temporary().name)
-
 # %% ../nbs/P2_units.ipynb #1d992a87
 def _whole(key):
     "The library of this key, this user's own and named by its checksum"
-    for file in _folder().glob(f"{key}-*.so"):
+    for file in private_folder("kernels").glob(f"{key}-*.so"):
         with suppress(OSError):
             if is_own(file) and file.name == _name(key, file.read_bytes()):
                 return file
@@ -84,8 +61,9 @@ def build(
         raise OSError("there is no C++ compiler: install g++ or set $CXX")
     command = [*shlex.split(compiler), *FLAGS,
                *(f"-D{name}={value}" for name, value in constants.items())]
-    key = repr((source, command, _processor())).encode()
-    key = hashlib.sha256(key).hexdigest()[:32]
+    machine = platform.machine(), platform.processor(), processor()
+    key = hashlib.sha256(repr((source, command, machine)).encode())
+    key = key.hexdigest()[:32]
     return ctypes.CDLL(str(_whole(key) or _compile(command, source, key)))
 
 # %% ../nbs/P2_units.ipynb #afb10291
@@ -101,7 +79,7 @@ def _compile(command, source, key):
             raise OSError(f"{command[0]} does not build the kernels: "
                           f"{(errors or ['it says nothing'])[0]}")
         code = file.read_bytes()
-    file = _folder() / _name(key, code)
+    file = private_folder("kernels") / _name(key, code)
     with written_aside(file) as aside:
         aside.write_bytes(code)
     return file
@@ -811,6 +789,7 @@ def _reasons(layers, dtype):
     return [_kernels(size, h, dtype)[1] for size in (k, POINTWISE)]
 
 # %% ../nbs/P2_units.ipynb #da3b84ce
+@torch.enable_grad()
 def units_are_faster(
     model: nn.Module,  # a ConvMixer; one of its blocks is copied
     shape: tuple[int, int, int, int],  # (B, h, H, W) of what enters it
@@ -819,32 +798,27 @@ def units_are_faster(
 ) -> bool:
     "Whether a block trains faster by kernels of our own than as it is"
     block = next((m for m in model.children()
-                  if isinstance(m, nn.Sequential)), None)
-    first = block[0] if block else None
-    if not isinstance(first, Residual) or not _is_unit(
-            list(first.fn.children()), True):
+                  if isinstance(m, nn.Sequential) and len(m)), [None])
+    layers = ([*block[0].fn.children()] if isinstance(block[0], Residual)
+              else [])
+    if not _is_unit(layers, True):
         return False
-    for reason in filter(None, _reasons(list(first.fn.children()), dtype)):
+    for reason in filter(None, _reasons(layers, dtype)):
         logging.getLogger(__name__).warning(
             "no kernels of our own: %s", reason)
         return False
     x = torch.zeros(shape, dtype=dtype).uniform_(
         generator=torch.Generator().manual_seed(0)).to(
         memory_format=torch.channels_last).requires_grad_()
-    ways = [deepcopy(block), UnitSequential(*deepcopy(block))]
-    return _quickest(ways, x, dtype, rounds) == 1
 
-# %% ../nbs/P2_units.ipynb #a816a5bf
-@torch.enable_grad()
-def _quickest(ways, x, dtype, rounds):
-    "Which of some modules is the fastest, forward and back"
-    took = [[] for _ in ways]
-    for _ in range(rounds + 1):  # the first one warms up
-        for way, times in zip(ways, took):
-            start = time.perf_counter()
-            with torch.autocast("cpu", dtype, dtype != torch.float32):
-                y = way(x)
-            torch.autograd.grad(y, (x, *way.parameters()), torch.ones_like(y))
-            times.append(time.perf_counter() - start)
-    best = [min(times[1:]) for times in took]
-    return best.index(min(best))
+    def step(way):
+        with torch.autocast("cpu", dtype, dtype != torch.float32):
+            y = way(x)
+        torch.autograd.grad(y, (x, *way.parameters()), torch.ones_like(y))
+
+    steps = {kind: functools.partial(step, kind(*deepcopy(block)))
+             for kind in (nn.Sequential, UnitSequential)}
+    for run in steps.values():  # to warm up
+        run()
+    took = race(steps, x.device, rounds)
+    return took[UnitSequential] < took[nn.Sequential]

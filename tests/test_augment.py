@@ -168,6 +168,31 @@ def test_grey_images(tiles, name):
     assert one_op(grey, name, 1.0).shape == grey.shape
 
 
+@pytest.mark.parametrize("size", [(20, 28), (7, 5), (1, 9), (2, 2), (97, 61)])
+def test_operations_are_timms_at_any_size(size):
+    """Not square, odd, thinner than a kernel; many levels, few, and steps of brightness."""
+    (h, w), n = size, 3 * size[0] * size[1]
+    images = torch.stack([torch.randint(low, high, (3, h, w), dtype=torch.uint8, generator=rng(high))
+                          for low, high in ((0, 256), (100, 103), (250, 256))] + [(torch.arange(n) * 255 // n).view(3, h, w).byte()])
+    for name, theirs, arguments, _ in TIMM:
+        expected = torch.stack([to_tensor(theirs(to_pil(t), *arguments[-1], fillcolor=FILL, resample=Image.Resampling.BILINEAR))
+                                for t in images])
+        close(one_op(images, name, *arguments[-1], fill=tuple(v / 255 for v in FILL)), expected, 0.1)
+
+
+@pytest.mark.parametrize("way", ["channels last", "every second", "one for all"])
+def test_the_layout_in_memory_is_no_matter(way):
+    wide = torch.randint(0, 256, (6, 3, 14, 20), dtype=torch.uint8, generator=rng())
+    images = {"channels last": wide.contiguous(memory_format=torch.channels_last), "every second": wide[::2, :, ::2, ::2],
+              "one for all": wide[:1].expand(6, -1, -1, -1)}[way]
+    count = len(images)
+    ops, labels = torch.arange(count) * 3, torch.arange(count)
+    recipe = Augment(0.5, randaug_n=2, randaug_m=9, randaug_policy="timm", jitter=0.2, erase=1.0, mixup=0.5, cutmix=0.5)
+    for call in (lambda x: apply_ops(x, ops, torch.ones(count)), lambda x: recipe(x, rng()), lambda x: normalize(x, (0.5,) * 3, (0.2,) * 3),
+                 lambda x: recipe.finish(normalize(x, (0.5,) * 3, (0.2,) * 3), labels, count, rng())[0]):
+        assert torch.equal(call(images), call(images.contiguous()))
+
+
 @pytest.mark.parametrize("value", [0, 7, 255])
 @pytest.mark.parametrize("name", ["AutoContrast", "Equalize", "Color", "Contrast", "Sharpness"])
 def test_constant_images_stay(name, value):
@@ -267,10 +292,9 @@ def test_crop_is_torchvisions_on_the_same_box(tiles):
     scale, ratio, n = (0.3, 1.0), (3 / 4, 4 / 3), len(tiles)
     out = Augment(0.3, flip=False)(tiles, rng(2))
     g = rng(2)
-    h, w, fits = augment._first_fit(scale, ratio, 32, 32, g, n, 0)
-    top, left = augment._place(h, 32, g), augment._place(w, 32, g)
+    sides, start, fits = augment._boxes(scale, ratio, (32, 32), g, n)
     assert fits.all()
-    boxes = np.stack([top, left, h, w], 1).astype(int).tolist()
+    boxes = np.concatenate([start, sides]).T.astype(int).tolist()
     expected = torch.stack([
         to_tensor(TF.resized_crop(to_pil(t), *box, [32, 32], InterpolationMode.BILINEAR)) for t, box in zip(tiles, boxes)
     ])
@@ -278,7 +302,7 @@ def test_crop_is_torchvisions_on_the_same_box(tiles):
 
 
 def test_crop_boxes_are_drawn_as_published():
-    h, w, fits = augment._first_fit((0.25, 1.0), (3 / 4, 4 / 3), 64, 64, rng(), 20_000, 0)
+    (h, w), _, fits = augment._boxes((0.25, 1.0), (3 / 4, 4 / 3), (64, 64), rng(), 20_000)
     assert fits.mean() > 0.99
     h, w = h[fits], w[fits]
     area, log_ratio = h * w / 64**2, np.log(w / h)
@@ -423,13 +447,18 @@ BAD = {
     "type": (lambda x: Augment()(x.int()), "images are torch.int32, expected torch.uint8"),
     "floats": (lambda x: Augment()(x / 255), "images are torch.float32, expected torch.uint8"),
     "ops": (lambda x: apply_ops(x, torch.zeros(1).long(), torch.zeros(1)), "ops have shape (1,)"),
+    "no such op": (lambda x: apply_ops(x[:2], torch.tensor([-1, 16]), torch.zeros(2)), "ops are -1 to 16, expected 0 to 15"),
+    "grey level as fill": (lambda x: Augment(randaug_n=1, fill=125)(x), "fill is 125.0, expected a number from 0 to 1"),
+    "fill": (lambda x: one_op(x, "Rotate", 9, fill=(0.5, 0.5)), "fill is [0.5 0.5], expected a number from 0 to 1, or 3 of them"),
     "mean": (lambda x: normalize(x, (0.5,), (0.2,)), "expected 3, one a channel"),
     "std": (lambda x: normalize(x, (0.5,) * 3, (0.0,) * 3), "no std of 0"),
     "finish": (lambda x: erased(x, 0.25), "normalised floats"),
     "mix labels": (lambda x: mix(x.float(), torch.zeros(2).long(), 3, 0.5), "one an image"),
-    **{name: (lambda x, name=name, value=value: Augment(**{"randaug_n": 1, name: value}), f"{name} is {value!r}, expected {words}")
+    "labels in a column": (lambda x: mix(x.float(), torch.zeros(len(x), 1).long(), 3, 0.5), "one an image"),
+    **{f"{name} {value}": (lambda x, name=name, value=value: Augment(**{"randaug_n": 1, name: value}), f"{name} is {value!r}, expected {words}")
        for name, value, words in [
            ("crop_scale", 2.0, "a number from 0 to 1"), ("crop_ratio", (2, 1), "0 < low <= high"),
+           ("crop_ratio", (1, math.inf), "0 < low <= high"), ("mixup", math.inf, "a number from 0"),
            ("randaug_policy", "nope", "one of timm, torchvision"), ("randaug_m", 31, "a number from 0 to 30"),
            ("randaug_n", -1, "a number from 0"), ("jitter", 1.5, "a number from 0 to 1"), ("erase", 2.0, "a number from 0 to 1"),
            ("erase_mode", "x", "pixel or const"), ("smoothing", 3, "a number from 0 to 1"), ("mixup", -0.1, "a number from 0"),

@@ -11,7 +11,7 @@ from torch import nn
 
 from convmixer_edu import deploy
 from convmixer_edu.deploy import (
-    FromPixels, affine, clock, distance, enough, export_onnx, export_torch, fold_norms, in_turn, latency, onnx_runner,
+    FromPixels, affine, clock, distance, enough, export, fold_norms, in_turn, latency, onnx_runner,
     optimize_for_inference,
 )
 from convmixer_edu.model import ConvMixer
@@ -158,7 +158,7 @@ def test_pixels_go_in():
 @pytest.mark.parametrize("kernel_size", [5, 8])
 def test_torch_export_answers_like_the_network(tmp_path, kernel_size):
     model = network(kernel_size=kernel_size).train()
-    told = export_torch(model, (3, 32, 32), tmp_path / "net.pt2", {"a": "b"})
+    told = export(model, (3, 32, 32), tmp_path / "net.pt2", "torch.export", {"a": "b"})
     assert told["difference"] <= 1e-4 and told["bytes"] == (tmp_path / "net.pt2").stat().st_size
     assert model.training and os.listdir(tmp_path) == ["net.pt2"]
     kept = {"notes.json": ""}
@@ -175,7 +175,7 @@ def test_torch_export_answers_like_the_network(tmp_path, kernel_size):
 def test_onnx_answers_like_the_network(tmp_path, kernel_size, capfd):
     import onnxruntime
     model = FromPixels(network(kernel_size=kernel_size), (0.5,) * 3, (0.2,) * 3)
-    told = export_onnx(model, (3, 32, 32), tmp_path / "net.onnx", {"classes": "[1]"})
+    told = export(model, (3, 32, 32), tmp_path / "net.onnx", "ONNX Runtime", {"classes": "[1]"})
     assert told["difference"] <= 1e-4 and os.listdir(tmp_path) == ["net.onnx"]
     ask = onnx_runner(tmp_path / "net.onnx")
     for count in (1, 2, 5):
@@ -189,15 +189,20 @@ def test_onnx_answers_like_the_network(tmp_path, kernel_size, capfd):
 class Fickle(nn.Module):
     """Answers otherwise when it is recorded."""
 
+    def __init__(self, otherwise):
+        super().__init__()
+        self.otherwise = otherwise
+
     def forward(self, x):
-        return x.mean((2, 3)) + (0.0 if torch.compiler.is_exporting() else 0.01)
+        return x.mean((2, 3)) + (self.otherwise if torch.compiler.is_exporting() else 0.0)
 
 
-@pytest.mark.parametrize("write", [export_torch, pytest.param(export_onnx, marks=needs_onnx)])
-def test_a_file_that_answers_wrongly_is_not_left(tmp_path, write):
+@pytest.mark.parametrize("otherwise", [0.01, float("nan")])
+@pytest.mark.parametrize("kind", ["torch.export", pytest.param("ONNX Runtime", marks=needs_onnx)])
+def test_a_file_that_answers_wrongly_is_not_left(tmp_path, kind, otherwise):
     (tmp_path / "net").write_text("the one before")
     with pytest.raises(ValueError, match="off PyTorch, expected at most"):
-        write(Fickle(), (3, 8, 8), tmp_path / "net")
+        export(Fickle(otherwise), (3, 8, 8), tmp_path / "net", kind)
     assert os.listdir(tmp_path) == ["net"] and (tmp_path / "net").read_text() == "the one before"
 
 
@@ -212,7 +217,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, missing):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ValueError, match=rf"{missing} is missing: pip install 'convmixer-edu\[export\]'"):
-        export_onnx(network(), (3, 32, 32), tmp_path / "net.onnx")
+        export(network(), (3, 32, 32), tmp_path / "net.onnx", "ONNX Runtime")
     assert not os.listdir(tmp_path)
     if missing == "onnxruntime":
         with pytest.raises(ValueError, match="onnxruntime is missing"):
@@ -221,12 +226,12 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, missing):
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match="there is no folder"):
-        export_torch(network(), (3, 32, 32), tmp_path / "gone" / "net.pt2")
+        export(network(), (3, 32, 32), tmp_path / "gone" / "net.pt2", "torch.export")
 
 
 def test_latency_has_each_way_for_each_count(tmp_path):
     model = network(dim=8)
-    export_torch(model, (3, 32, 32), tmp_path / "net.pt2")
+    export(model, (3, 32, 32), tmp_path / "net.pt2", "torch.export")
     rows = latency(model, (3, 32, 32), {"torch.export": tmp_path / "net.pt2"}, counts=(1, 3), seconds=0)
     assert [(row["way"].split(",")[0], row["images"]) for row in rows] == [
         (way, count) for count in (1, 3) for way in ("PyTorch", "PyTorch", "torch.export")]
@@ -237,7 +242,7 @@ def test_a_file_never_replaces_a_folder_or_a_device(tmp_path):
     """Whoever is root could replace /dev/null."""
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="/pipe cannot be written: it is a folder or a device"):
-        export_torch(network(), (3, 32, 32), tmp_path / "pipe")
+        export(network(), (3, 32, 32), tmp_path / "pipe", "torch.export")
     assert os.listdir(tmp_path) == ["pipe"] and (tmp_path / "pipe").is_fifo()
 
 
@@ -247,5 +252,5 @@ def test_where_nothing_can_be_written_the_file_is_named_not_its_draft(tmp_path, 
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(ValueError, match=r"/net.pt2 could not be written \(No space left on device\)"):
-        export_torch(network(), (3, 32, 32), tmp_path / "net.pt2")
+        export(network(), (3, 32, 32), tmp_path / "net.pt2", "torch.export")
     assert not os.listdir(tmp_path)

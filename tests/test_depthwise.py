@@ -126,10 +126,10 @@ def test_the_operator_gives_the_gradients_of_weight_and_bias():
 def test_the_probe_keeps_the_fastest_that_is_right(monkeypatch):
     monkeypatch.setattr(depthwise, "_chosen", {})
     ticks = {"library": 3.0, "groups": 1.0}
-    monkeypatch.setattr(depthwise, "_milliseconds", lambda step, device, calls=20: ticks[step.__defaults__[0]])
+    monkeypatch.setattr(depthwise, "time_call", lambda step, device, calls=20: ticks[step.__defaults__[0]])
     shape = (2, 4, 5, 6)
     assert choose_method(shape, 3) == ("groups", ticks)
-    monkeypatch.setattr(depthwise, "_milliseconds", None)
+    monkeypatch.setattr(depthwise, "time_call", None)
     assert choose_method(list(shape), 3)[0] == "groups", "kept for the process"
     assert set(depthwise._candidates(shape, 9, torch.float32, torch.device("cpu"), torch.channels_last)) == {
         "library", "groups"}
@@ -142,7 +142,7 @@ def test_the_probe_calls_a_hopeless_way_once(monkeypatch):
     def clock(step, device, calls=20):
         asked.append(step.__defaults__[0])
         return ticks[asked[-1]]
-    monkeypatch.setattr(depthwise, "_milliseconds", clock)
+    monkeypatch.setattr(depthwise, "time_call", clock)
     assert choose_method((2, 4, 5, 6), 3, rounds=2) == ("library", ticks)
     assert [asked.count(name) for name in METHODS] == [3, 1]
 
@@ -168,10 +168,10 @@ def test_a_step_is_timed_on_a_gpu_by_its_own_clock(monkeypatch):
             return 40.0
     monkeypatch.setattr(torch.cuda, "Event", Event)
     step, gpu = (lambda: calls.append(1)), torch.device("cuda")
-    assert depthwise._milliseconds(step, gpu) == 2.0 and told == [3, 23, "waited"]
-    assert depthwise._milliseconds(step, gpu, calls=1) == 40.0 and told[3:] == [23, 24, "waited"]
+    assert depthwise.time_call(step, gpu) == pytest.approx(0.002) and told == [0, 20, "waited"]
+    assert depthwise.time_call(step, gpu, calls=1) == 0.04 and told[3:] == [20, 21, "waited"]
     monkeypatch.undo()
-    assert depthwise._milliseconds(step, torch.device("cpu")) >= 0 and len(calls) == 26
+    assert depthwise.time_call(step, torch.device("cpu")) >= 0 and len(calls) == 22
 
 
 def test_the_probe_drops_what_is_wrong_or_fails(monkeypatch, caplog):

@@ -93,10 +93,10 @@ def imagenet(tmp_path_factory):
     return root
 
 
-def start(root, *words):
+def start(root, *words, processes="160"):
     """The command of the chapter, as one of 160 processes; the recipe of a small network, on a CPU."""
     return subprocess.run([sys.executable, "-m", "convmixer_edu.imagenet", *words], cwd=root, text=True, capture_output=True,
-                          timeout=HOUR, env={**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "160"})
+                          timeout=HOUR, env={**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": processes})
 
 
 def test_the_papers_flags_train_two_steps_by_timms_pieces(imagenet):
@@ -144,6 +144,14 @@ def test_any_machines_take_the_papers_batch(gpus, fits, own, turns):
     words = imagenet_flags(gpus, fits)
     assert value(words, "--batch-size") == str(own) and gpus * own * turns == 640
     assert value(words, "--grad-accum-steps") == str(turns) and words.count("--batch-size") == 1
+
+
+@pytest.mark.parametrize("processes, told", [
+    ("3", "3 GPUs with 64 images at a time cannot share a batch of 640"), ("0", "0 GPUs"), ("two", "WORLD_SIZE is 'two', expected"),
+    ("-1", "WORLD_SIZE is '-1'"), ("1.5", "WORLD_SIZE is '1.5'"), ("", "WORLD_SIZE is ''"), ("9" * 5000, "WORLD_SIZE is '999")])
+def test_an_odd_number_of_processes_is_one_sentence(imagenet, processes, told):
+    done = start(imagenet, processes=processes)
+    assert done.returncode == 1 and done.stderr.startswith(told) and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("gpus, fits", [(3, 64), (0, 64), (24, 64), (1280, 64), (8, 0)])

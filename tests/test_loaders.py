@@ -94,7 +94,7 @@ def test_processes_make_their_rows_of_one_batch(data, name, recipe, world, monke
         assert torch.equal(23 - rows.flip(0), rows)  # partners, mirrored in here too
         (x, y), = loader.batches(1, [(step, index)])
         assert torch.equal(x, whole[rows]) and torch.equal(y, targets[rows])
-        assert loader.pack(1, step, index).shape[1] == len(x) == 24 // world
+        assert loader.pack(1, step, index).shape[0] == len(x) == 24 // world
         seen.append(rows)
     assert torch.equal(torch.cat(seen).sort().values, torch.arange(24))
     assert len(made) == (24 if name == "timm" else 0)
@@ -124,6 +124,15 @@ def test_batched_is_the_recipe_in_order(data):
     images = replace(PAPER, fill=MEAN)(data.images[index], g)
     expected, targets = PAPER.finish(normalize(images, MEAN, STD), data.labels[index], 4, g)
     assert torch.allclose(x, expected, atol=1e-5) and torch.equal(y, targets)
+
+
+def test_black_is_a_colour_to_fill_with(data):
+    """Only where no fill is given, what comes in from outside has the mean colour, as in timm."""
+    recipe = Augment(flip=False, randaug_n=2, randaug_m=9, randaug_policy="timm")
+    for fill, expected in ((None, MEAN), (0.0, 0.0)):
+        (x, _), = make("batched", data, replace(recipe, fill=fill)).batches(3, [(0, torch.arange(60))])
+        images = replace(recipe, fill=expected)(data.images, keyed_generator(5, 2, 3, 0))
+        assert torch.equal(x, normalize(images, MEAN, STD))
 
 
 def test_erasing_comes_after_mixing(data):

@@ -36,8 +36,8 @@ from convmixer_edu import cli, data, pretrained
 from convmixer_edu.checkpoint import CheckpointError, read_checkpoint
 from convmixer_edu.inference import load_run, predict
 from convmixer_edu.model import ConvMixer, variant
-from convmixer_edu.pretrained import (PUBLISHED, Tally, evaluate_pretrained, fetch_weights, finetune_config, first_weights,
-                                      from_timm, load_pretrained, our_keys, read_weights, targets)
+from convmixer_edu.pretrained import (PUBLISHED, Tally, evaluate_pretrained, finetune_config, first_weights, from_timm,
+                                      load_pretrained, our_keys, read_weights, targets)
 from convmixer_edu.recipe import with_settings
 from convmixer_edu.train import train
 
@@ -195,7 +195,7 @@ def test_models_that_ours_cannot_be(make, words):
 
 
 def test_an_unknown_name_is_answered_with_those_there_are():
-    for call in (load_pretrained, fetch_weights, finetune_config):
+    for call in (load_pretrained, first_weights, finetune_config):
         with pytest.raises(ValueError, match="'convmixer_9'.*convmixer_1536_20, convmixer_768_32"):
             call("convmixer_9")
 
@@ -514,7 +514,7 @@ def test_counts_are_those_of_timm():
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(500, 20, generator=generator), torch.randint(20, (500,), generator=generator)
     logits[range(0, 500, 3), labels[::3]] += 3
-    tally = Tally(20)
+    tally = Tally()
     for x, y in zip(logits.split(64), labels.split(64)):
         tally.add(x, y)
     told = tally.summary()
@@ -720,12 +720,13 @@ def test_evaluate_from_a_terminal(photographs, weights, timms_answers):
     ("evaluate --pretrained convmixer_768_32", ["--data"]),
     ("evaluate run --pretrained convmixer_768_32", ["one of two"]),
     ("evaluate run --weights x.pth", ["--weights belongs to --pretrained"]),
-    ("evaluate --pretrained convmixer_768_32 --data x --weights x.pth", ["no file x.pth"]),
+    ("evaluate --pretrained convmixer_768_32 --data x --weights gone.pth", ["--weights", "'gone.pth' does not exist"]),
     ("evaluate --pretrained convmixer_768_32 --data nowhere", ["no folder nowhere"]),
     ("train --out run --finetune convmixer_9 --data x", ["convmixer_9", "convmixer_1536_20"]),
     ("train --out run --finetune convmixer_768_32", ["--data"]),
     ("train --out run --finetune convmixer_768_32 --data x --preset quick", ["--preset"]),
     ("train --out run --weights x.pth", ["--weights belongs to --finetune"]),
+    ("train --out run --finetune convmixer_768_32 --data x --weights gone.pth", ["--weights", "'gone.pth' does not exist"]),
     ("train --out run --set start=convmixer_768_32 --data digits --set patch_size=2 --set limit=50", ["convmixer_768_32"]),
 ])
 def test_wrong_words_are_one_line(line, words, monkeypatch):
@@ -734,6 +735,7 @@ def test_wrong_words_are_one_line(line, words, monkeypatch):
 
     monkeypatch.setattr(pretrained, "hf_hub_download", absent)
     monkeypatch.setattr(data, "_on_the_hub", lambda source: None)
+    Path("x.pth").touch()
     _, err = convmixer(*line.split(), code=2)
     assert all(word in err for word in words), err
     assert not Path("run").exists()

@@ -369,7 +369,7 @@ def test_no_message_shows_a_temporary_name(call, tmp_path, monkeypatch):
 
     monkeypatch.setattr(call, full)
     messages = []
-    for write in (lambda: write_atomically(tmp_path / "x", b"1"), lambda: deploy.export_torch(torch.nn.ReLU(), (3, 4, 4), tmp_path / "x")):
+    for write in (lambda: write_atomically(tmp_path / "x", b"1"), lambda: deploy.export(torch.nn.ReLU(), (3, 4, 4), tmp_path / "x", "torch.export")):
         with pytest.raises(ValueError, match="x could not be written .No space left on device.: make room") as told:
             write()
         messages.append(str(told.value))
@@ -432,13 +432,13 @@ def test_settings_and_evaluations_of_another_user_are_not_believed(tmp_path):
     os.chown(tmp_path / "cache/speed.json", SOMEBODY, SOMEBODY)
     assert machine.read_answers() == {}
     note = tmp_path / "cache/evaluations/x.safetensors"
-    tally = pretrained.Tally(3, note)
+    tally = pretrained.Tally(note)
     tally.add(torch.eye(3), torch.arange(3))
     tally.keep()
-    assert pretrained.Tally(3, note).done == 3
+    assert len(pretrained.Tally(note).rows) == 3
     os.chown(note, SOMEBODY, SOMEBODY)
     with pytest.warns(UserWarning, match="belongs to another user; evaluated from the start"):
-        assert pretrained.Tally(3, note).done == 0
+        assert len(pretrained.Tally(note).rows) == 0
 
 
 @pytest.fixture
@@ -449,9 +449,9 @@ def compilers(tmp_path, monkeypatch):
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.setenv(name, "x")  # to be put back at the end
         monkeypatch.delenv(name)
-    depthwise._temporary.cache_clear()
+    data._temporary.cache_clear()
     yield tmp_path / "tmp"
-    depthwise._temporary.cache_clear()
+    data._temporary.cache_clear()
 
 
 def test_compiled_code_is_kept_below_our_own_cache(compilers, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import COMPILER, ROOT, needs_compiler
 from torch import nn
 
-from convmixer_edu import units
+from convmixer_edu import data, units
 from convmixer_edu.checkpoint import read_checkpoint
 from convmixer_edu.model import ConvMixer, Residual, variant
 from convmixer_edu.recipe import Config
@@ -308,9 +308,9 @@ def test_another_library_for_the_same_text_is_another_file(monkeypatch, tmp_path
 
 @needs_compiler
 def test_without_a_cache_the_kernels_go_with_the_process(monkeypatch):
-    monkeypatch.setattr(units, "cache_folder", lambda: None)
+    monkeypatch.setattr(data, "cache_folder", lambda: None)
     assert units.build(ANSWER % 3).answer() == 3
-    assert str(units._folder()) == units._temporary().name
+    assert str(data.private_folder("kernels")) == data._temporary().name
 
 
 @needs_compiler
@@ -335,7 +335,7 @@ def test_the_faster_way_of_a_block_is_told_without_touching_the_model(monkeypatc
     model, stream = ConvMixer(16, 2, 3, 2, 4), torch.get_rng_state()
     before = {n: t.clone() for n, t in model.state_dict().items()}
     for fastest in (0, 1):
-        monkeypatch.setattr(units, "_quickest", lambda ways, *_: fastest)
+        monkeypatch.setattr(units, "race", lambda steps, *_: {way: abs(fastest - i) for i, way in enumerate(steps)})
         assert units.units_are_faster(model, (2, 16, 4, 4)) == (COMPILER and fastest == 1)
     assert type(model[3]) is nn.Sequential and torch.equal(stream, torch.get_rng_state())
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())

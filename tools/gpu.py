@@ -133,7 +133,7 @@ def measure(work, device, seconds, report=None):
         names = speed.profile_step(speed.make_step(work, best, device), device)
     return {"device": device_name(device), "torch": torch.__version__, "threads": torch.get_num_threads(), "work": asdict(work),
             "probe": [asdict(c) for c in timed], "best": asdict(best), "ceilings": {"flops": rates[0], "bytes": rates[1]},
-            "roofline": asdict(limit), "part_of_roofline": limit.seconds * best.images_per_second / work.batch_size, "profile": names}
+            "roofline": limit, "part_of_roofline": max(limit.values()) * best.images_per_second / work.batch_size, "profile": names}
 
 
 def settings(options, device, out):
@@ -241,12 +241,12 @@ def profile(options, device, out):
     run = bench.stepper(data, device, c)
     for _ in range(5):
         run(index, 0, next(count))
-    speed._wait(device)
+    getattr(torch, device.type).synchronize()
     started = time.perf_counter()
     for _ in range(10):
         run(index, 0, next(count))
     issued = (time.perf_counter() - started) / 10
-    speed._wait(device)
+    getattr(torch, device.type).synchronize()
     done = (time.perf_counter() - started) / 10
     names = speed.profile_step(lambda: run(index, 0, next(count)), device, calls=10, top=40)
     recorded = bool(getattr(run.run.step, "graph", None))

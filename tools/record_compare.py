@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from convmixer_edu.checkpoint import write_json
 from convmixer_edu.compare import images_per_second
-from convmixer_edu.deploy import clock, distance, enough, export_onnx, fold_norms, in_turn, onnx_runner, optimize_for_inference
+from convmixer_edu.deploy import clock, distance, enough, export, fold_norms, in_turn, onnx_runner, optimize_for_inference
 from convmixer_edu.inference import load_run
 from convmixer_edu.ledger import pretrained_run
 from convmixer_edu.machine import choose_device, keep_freed_memory, who_ran
@@ -201,7 +201,7 @@ def _latency_part(name, record, device, rounds, left, weights):
     with tempfile.TemporaryDirectory() as folder:
         try:
             file = Path(folder)/"net.onnx"
-            told = export_onnx(model, tuple(image.shape[1:]), file)
+            told = export(model, tuple(image.shape[1:]), file, "ONNX Runtime")
             run = onnx_runner(file)
             ask["ONNX"] = lambda: run(image.cpu())
             found |= {"onnx_bytes": told["bytes"],
