@@ -183,9 +183,9 @@ def _fitted(ax, first):
     ax.title.set_text(wrap(ax.get_title(), 40))
     ax.xaxis.label.set_text(wrap(ax.get_xlabel(), 36))
     if key := ax.get_legend():
-        words = [t.get_text() for t in key.texts]
+        handles, words = ax.get_legend_handles_labels()
         key.remove()
-        fig.legend(key.legend_handles, words, loc="outside lower left")
+        fig.legend(handles, words, loc="outside lower left")
         fig.set_figheight(fig.get_figheight() + 0.2 * len(words))
     fig.draw_without_rendering()
     ticks = [t for t in ax.get_xticklabels() if t.get_text()]
