@@ -165,10 +165,14 @@ def _narrow(fig):
         rows, cols = len(panels), 1
     for place, ax in zip(fig.add_gridspec(rows, cols), panels):
         ax.set_subplotspec(place)
+    for key in [*fig.legends]:
+        words = [t.get_text() for t in key.texts]
+        key.remove()
+        fig.legend(key.legend_handles, words, ncols=2, loc="outside upper left")
+        height += 0.1 * len(words)
     fig.set_size_inches(NARROW, height)
-    for key in fig.legends:
-        key.set_ncols(2)
-    return cols > 1 or all([_fitted(ax, panels[0]) for ax in panels])
+    room = cols > 1 or all([_fitted(ax, panels[0]) for ax in panels])
+    return room and fig.get_tightbbox().width < NARROW + 0.1
 
 # %% ../nbs/C_weights.ipynb #c0narr03
 def _fitted(ax, first):
