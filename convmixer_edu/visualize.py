@@ -143,6 +143,7 @@ def _narrow(fig):
     panels = [ax for ax in fig.axes if ax.get_subplotspec()]
     if len(panels) < 2 and not all(ax.axison for ax in fig.axes):
         return False  # a drawing
+    fig.draw_without_rendering()  # words are measured as they were drawn last
     cols = panels[0].get_gridspec().ncols
     width, height = fig.get_size_inches()
     if not any(ax.axison and len(ax.get_xticks()) for ax in panels):
@@ -152,7 +153,7 @@ def _narrow(fig):
         titles = [ax.title for ax in panels]
         named = _wide([ax.yaxis.label for ax in panels])
         images = [len(i.get_array()) for ax in panels for i in ax.images]
-        need = max(_wide(titles) + 0.15, min(
+        need = max(_wide(titles) + 0.06, min(
             width / cols, 0.6 if max(images, default=0) > 16 else 0.3))
         cols = next((n for n in range(min(cols, len(panels)), 1, -1)
                      if n * need <= NARROW - named - 0.1

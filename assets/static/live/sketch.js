@@ -61,7 +61,7 @@ export function sketch(answer, done) {
   clear()
   place(at)
   return make("details", { className: "live-sketch" }, make("summary", { textContent: "or draw one" }),
-    make("fieldset", { className: "live-choices" }, make("legend", { textContent: "colour" }), ...inks),
+    make("fieldset", { className: "live-inks" }, make("legend", { textContent: "colour" }), ...inks),
     make("div", {}, sheet, brush), answer,
     make("button", { type: "button", textContent: "Clear", onclick: () => { clear(); done(sheet) } }), hint)
 }
