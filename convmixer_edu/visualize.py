@@ -14,7 +14,6 @@ import zlib
 
 import matplotlib
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FixedLocator
 from PIL import Image
 
 from .escape import label, visible
@@ -194,8 +193,8 @@ def _fitted(ax, first):
         fig.set_figheight(fig.get_figheight() + 0.2 * len(words))
     fig.draw_without_rendering()
     ticks = [t for t in ax.get_xticklabels() if t.get_text()]
-    named = isinstance(ax.xaxis.get_major_locator(), FixedLocator)
-    if named and len(ticks) * (_wide(ticks) + 0.05) > ax.bbox.width / fig.dpi:
+    spans = sorted(tuple(t.get_window_extent().intervalx) for t in ticks)
+    if any(a[1] + 3 > b[0] for a, b in zip(spans, spans[1:])):
         plt.setp(ticks, rotation=90, ha="center")
     fig.draw_without_rendering()
     return ax.bbox.width / fig.dpi > 1
