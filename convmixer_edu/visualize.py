@@ -197,7 +197,7 @@ def _fitted(ax, first):
     if any(a[1] + 3 > b[0] for a, b in zip(spans, spans[1:])):
         plt.setp(ticks, rotation=90, ha="center")
     fig.draw_without_rendering()
-    return ax.bbox.width / fig.dpi > 1
+    return ax.bbox.width / fig.dpi > 0.8
 
 # %% ../nbs/C_weights.ipynb #0f09618f
 def show(
