@@ -15,6 +15,9 @@ from fontTools import subset
 ROOT = Path(__file__).resolve().parent.parent
 MATHJAX = ("startup", "core", "input/tex-base", "input/tex/extensions/ams", "output/chtml", "output/chtml/fonts/tex",
            "a11y/assistive-mml")
+SCROLL = """MathJax.startup.promise.then(() => document.querySelectorAll("mjx-container[display]").forEach(formula => {
+  if (formula.scrollWidth > formula.clientWidth) formula.tabIndex = 0
+}))"""  # a formula wider than a phone is reached by keys
 FONTS = "output/chtml/fonts/woff-v2"
 USED = {  # part of a script's or style's name -> what stands in a page that uses it
     "sphinx-design": r'class="[^"]*\bsd-', "design-tabs": r'class="sd-tab', "togglebutton": r'class="[^"]*\b(toggle|dropdown)\b',
@@ -51,7 +54,7 @@ def copy_mathjax(app):
     target = Path(app.outdir) / "mathjax"
     shutil.copytree(home / FONTS, target / FONTS, dirs_exist_ok=True)
     text = "\n".join((home / f"{part}.js").read_text("utf8") for part in MATHJAX)
-    (target / "mathjax.js").write_text(text, "utf8")
+    (target / "mathjax.js").write_text(f"{text}\n{SCROLL}", "utf8")
 
 
 def fit_page(app, pagename, templatename, context, doctree):

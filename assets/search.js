@@ -1,7 +1,7 @@
 // How the book is searched: chapters stand above the API's pages, and a result shows a sentence of
 // the page's text. Sphinx reads this file before its own searchtools.js, which takes `Scorer` from here.
 var Scorer = {
-  score: ([page, title, anchor, description, score]) => /(^|\/)(api(\/.*)?|genindex|py-modindex)$/.test(page) ? score - 100 : score,
+  score: ([page, title, anchor, description, score]) => /(^|\/)api(\/|$)/.test(page) ? score - 100 : score,
   objNameMatch: 11, objPartialMatch: 6, objPrio: {0: 15, 1: 5, 2: -5}, objPrioDefault: 0,
   title: 15, partialTitle: 7, term: 5, partialTerm: 2,
 }

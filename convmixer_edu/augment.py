@@ -40,10 +40,10 @@ def _send(numbers, device):
 # %% ../nbs/W2_augment.ipynb #0f7cc0be
 def _boxes(area, ratio, size, generator, count, strict=0):
     "Boxes as sizes and places, (2, count) each, and whether they fit."
-    (low, high), (first, last) = area, ratio
+    (low, high), (thin, wide) = area, ratio
     u = _uniform(generator, 2, count, 10)
     target = (low + u[0] * (high - low)) * (size[0] * size[1])
-    shape = np.exp(log(first) + u[1] * (log(last) - log(first)))
+    shape = np.exp(log(thin) + u[1] * (log(wide) - log(thin)))
     tried = np.sqrt([target / shape, target * shape]).round()  # (2, count, 10)
     room = np.array(size)[:, None]  # of height and width
     fits = ((0 < tried) & (tried <= room[..., None] - strict)).all(0)
@@ -64,9 +64,9 @@ def _draw_crop(recipe, count, size, generator):
     most = min(height, round(width / thin)), min(width, round(height * wide))
     for i, length in enumerate(size):
         side = np.where(fits, sides[i], most[i])[:, None]  # (B, 1)
-        first = np.where(fits, start[i], (length - most[i]) // 2)[:, None]
-        look = first + (np.arange(length) + 0.5) / length * side
-        look = look.clip(first + 0.5, first + side - 0.5)  # not beyond it
+        begin = np.where(fits, start[i], (length - most[i]) // 2)[:, None]
+        look = begin + (np.arange(length) + 0.5) / length * side
+        look = look.clip(begin + 0.5, begin + side - 0.5)  # not beyond it
         lines.append(look * (2 / length) - 1)
     return np.concatenate(lines, 1)  # (B, H + W)
 
@@ -209,9 +209,7 @@ def apply_ops(
 ) -> Tensor:  # uint8 (B, C, H, W)
     """Apply to each image its own operation.
 
-    All images go through all kernels, with numbers that change nothing
-    where an operation was not drawn. Raises ValueError for images that are
-    not uint8 or draws that do not fit them.
+    Raises ValueError for images that are not uint8 or draws that do not fit.
     """
     _check(images, "torch.uint8")
     count, *shape = images.shape
@@ -322,7 +320,7 @@ def _draw_erase(recipe, count, shape, generator):
     parts = {"box": np.zeros((count, 4))}
     hit = (_uniform(generator, count) < recipe.erase).nonzero()[0]
     sides, start, fits = _boxes((0.02, 1 / 3), (1 / 0.3, 0.3), shape[1:],
-                                generator, len(hit), 1)
+                                generator, len(hit), 1)  # never a whole side
     parts["box"][hit] = np.concatenate([start, start + sides * fits]).T
     if recipe.erase_mode == "pixel":
         noise = parts["noise"] = np.zeros((count, np.prod(shape)), np.float32)

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINTS', 'CheckpointError', 'ensure', 'write_atomically', 'write_json', 'sync_folder', 'remove_partial',
-           'claimed', 'write_checkpoint', 'read_checkpoint', 'read_json', 'read_lines', 'check_note', 'step_file',
-           'save_step', 'latest', 'copy_checked', 'run_files', 'Mirror', 'seal_run', 'check_run', 'keyed_generator',
+           'claimed', 'write_checkpoint', 'read_checkpoint', 'read_json', 'read_lines', 'check_metadata', 'step_file',
+           'save_step', 'latest', 'copy_checked', 'run_files', 'Backup', 'seal_run', 'check_run', 'keyed_generator',
            'collect', 'expected_tensors', 'check_tensors', 'restore']
 
 # %% ../nbs/W4_checkpoint.ipynb #329ef234
@@ -39,23 +39,21 @@ def write_atomically(
 ) -> None:
     """Write a file that is whole or, whatever happens, not there at all
 
-    Written aside, flushed to the disk, then renamed. Raises `CheckpointError`
-    when it cannot be written; a file that was there is then whole still."""
-    path = Path(path)
+    Raises `CheckpointError` when it cannot be written; a file that was there
+    is then whole still."""
     try:
-        with written_aside(path) as aside:
+        with written_aside(Path(path)) as aside:
             aside.write_bytes(data)
-        sync_folder(path.parent)
+        sync_folder(Path(path).parent)
     except OSError as error:
         raise CheckpointError(
             f"{path} could not be written ({brief(error)}): make room or "
-            "choose another folder; what is there now is whole"
-        ) from None
+            "choose another folder; what is there now is whole") from None
 
 
-def write_json(path: Path, note: dict) -> None:
-    "A note that is whole or not there; raises as `write_atomically` does"
-    write_atomically(path, (json.dumps(note, indent=1) + "\n").encode())
+def write_json(path: Path, metadata: dict) -> None:
+    "A file that is whole or not there; raises as `write_atomically` does"
+    write_atomically(path, (json.dumps(metadata, indent=1) + "\n").encode())
 
 
 def sync_folder(folder: Path) -> None:
@@ -111,8 +109,7 @@ def claimed(
 def _digest(tensors, meta):
     "SHA-256 over names, types, shapes and bytes of the tensors, and `meta`"
     digest = hashlib.sha256(meta.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+    for name, tensor in sorted(tensors.items()):
         digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -161,65 +158,63 @@ def read_checkpoint(
 def _parse(text, path):
     "A table of names and values, from JSON; or a sentence"
     try:
-        note, wrong = json.loads(text), "it is no table of names and values"
+        found, wrong = json.loads(text), "it is no table of names and values"
     except (ValueError, RecursionError) as error:
-        note, wrong = None, error
-    ensure(isinstance(note, dict), f"{path} is damaged ({wrong}): {_ANEW}")
-    return note
+        found, wrong = None, error
+    ensure(isinstance(found, dict), f"{path} is damaged ({wrong}): {_ANEW}")
+    return found
 
 
-_ANEW = ("expected what a run writes, copy it from the mirror or start a new "
+_ANEW = ("expected what a run writes, copy it from the backup or start a new "
          "run")
 
 # %% ../nbs/W4_checkpoint.ipynb #d15d5508
 def read_json(
-    path: Path,  # a note that a run wrote, such as config.json
+    path: Path,  # that a run wrote, such as config.json
 ) -> dict:
-    "A run's note; `CheckpointError` when it is missing or damaged"
-    return _parse(_text(path), path)
+    "A run's metadata; `CheckpointError` when it is missing or damaged"
+    return _parse(_text(Path(path)), path)
 
 
 def read_lines(
     path: Path,  # such as metrics.jsonl
 ) -> list[dict]:
-    "The notes of a file that has one in each line; raises as `read_json`"
-    return [_parse(line, path) for line in _text(path).splitlines()]
+    "The same from a file with such a table in each line"
+    return [_parse(line, path) for line in _text(Path(path)).splitlines()]
 
 
 def _text(path):
-    path = Path(path)
     ensure(path.is_file(), f"{path.parent} holds no run: {path.name} is "
            "missing, expected a folder that a run made")
     try:
-        large = path.stat().st_size > 2**26  # bytes: no note of ours
+        large = path.stat().st_size > 2**26  # bytes: no run writes so many
         return "" if large else path.read_text("utf8")
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged ({brief(error)}): {_ANEW}"
-                              ) from None
+        raise CheckpointError(
+            f"{path} is damaged ({brief(error)}): {_ANEW}") from None
 
 # %% ../nbs/W4_checkpoint.ipynb #d15d550a
 def _is_kind(value, kind):
     "Whether JSON gave what was expected; [kind] is a list of such"
     if isinstance(kind, list):
-        return isinstance(value, list) and all(
-            _is_kind(v, kind[0]) for v in value)
+        return type(value) is list and all(_is_kind(v, *kind) for v in value)
     if kind is float:
         return type(value) in (int, float) and abs(value) < 1e300
     return type(value) is kind and (kind is not int or abs(value) < 2**63)
 
 
-def check_note(
-    note: dict,
+def check_metadata(
+    metadata: dict,
     kinds: dict,  # name: int, float, str, dict, or a list of one of them
-    path: Path,  # where the note is from
+    path: Path,  # where it is from
     others: set | None = None,  # names that may be there too; None: any
 ) -> None:
     "`CheckpointError` naming the first part that is missing or no such thing"
     for name, kind in kinds.items():
-        what = "no such thing" if name in note else "missing"
-        ensure(name in note and _is_kind(note[name], kind),
+        what = "no such thing" if name in metadata else "missing"
+        ensure(name in metadata and _is_kind(metadata[name], kind),
                f"{path} is damaged ({name} is {what}): {_ANEW}")
-    more = set() if others is None else note.keys() - {*kinds, *others}
+    more = set() if others is None else metadata.keys() - {*kinds, *others}
     ensure(not more, f"{path} says something about "
            f"{', '.join(map(repr, sorted(more))):.60}: expected what this "
            "version writes")
@@ -259,28 +254,27 @@ def _drop_old(folder, newest):
 
 # %% ../nbs/W4_checkpoint.ipynb #af76f9a0
 def latest(
-    *folders: Path,  # the run's folder, and its mirror if there is one
-    check=None,  # called with (file, tensors, meta), may raise
+    *folders: Path,  # the run's folder, and its backup if there is one
+    check=lambda file, tensors, meta: None,  # may raise `CheckpointError`
 ) -> tuple[dict[str, Tensor], dict] | None:  # (tensors, meta)
     """The newest checkpoint that passes its check; None if there is no file
 
     A damaged one is passed over with a warning. Raises `CheckpointError` when
     there are files and none of them can be used."""
-    files, why = _steps(*folders), None
+    files = _steps(*folders)
     for file in files:
         try:
             tensors, meta = read_checkpoint(file)
-            if check is not None:
-                check(file, tensors, meta)
+            check(file, tensors, meta)
             return tensors, meta
         except CheckpointError as error:
             warnings.warn(f"{error}; trying an older one", stacklevel=2)
             why = error
-    places = " and ".join(str(folder) for folder in folders)
-    ensure(not files, f"no checkpoint in {places} can be used: all "
-           f"{len(files)} are damaged or of another run ({why}), start a new "
-           "run")
-    return None
+    if files:
+        raise CheckpointError(
+            f"no checkpoint in {' and '.join(map(str, folders))} can be used: "
+            f"all {len(files)} are damaged or of another run ({why}), start "
+            "a new run")
 
 # %% ../nbs/W4_checkpoint.ipynb #afb1afef
 def copy_checked(
@@ -307,7 +301,7 @@ def run_files(folder: Path) -> list[Path]:
             for file in sorted(Path(folder).glob(pattern)) if file.is_file()]
 
 # %% ../nbs/W4_checkpoint.ipynb #75a4ccd5
-class Mirror:
+class Backup:
     """A second folder that follows a run's folder, on a drive for example
 
     Raises `CheckpointError` when it cannot be made, cannot be read, or holds
@@ -315,53 +309,52 @@ class Mirror:
 
     def __init__(
         self,
-        folder: Path,  # the run's
-        mirror: Path,  # the other one; its parent must be there
-        resume: bool = False,  # fetch what only the mirror has
+        run: Path,  # the run's folder
+        folder: Path,  # the other one; its parent must be there
+        resume: bool = False,  # fetch what only the backup has
     ):
-        folder, mirror = Path(folder), Path(mirror)
-        self.folder, self.mirror = folder, mirror
+        self.run, self.folder = run, folder = Path(run), Path(folder)
         self.sent, self.warned = {}, False  # name: (time, size) when sent
-        there, here = mirror / "config.json", folder / "config.json"
-        ensure(mirror.parent.is_dir() and mirror.resolve() != folder.resolve(),
-               f"{mirror} cannot be a mirror: expected a new name in a folder "
+        here, there = run / "config.json", folder / "config.json"
+        ensure(folder.parent.is_dir() and folder.resolve() != run.resolve(),
+               f"{folder} cannot be a backup: expected a new name in a folder "
                "that is there (is the drive mounted?), other than the run's")
-        ensure(resume or not there.exists(), f"{mirror} holds a run already: "
-               "go on with resume=True or choose another mirror")
+        ensure(resume or not there.exists(), f"{folder} holds a run already: "
+               "go on with resume=True or choose another backup")
         ensure(not (there.exists() and here.exists())
-               or read_json(there) == read_json(here), f"{mirror} holds "
-               f"another run than {folder}: choose another mirror")
-        for place in (mirror, folder):
+               or read_json(there) == read_json(here), f"{folder} holds "
+               f"another run than {run}: choose another backup")
+        for place in (folder, run):
             place.mkdir(parents=True, exist_ok=True)
         if resume:
-            remove_partial(mirror)  # what a kill left half copied
+            remove_partial(folder)  # what a kill left half copied
             self._fetch()
 
     def _fetch(self):
         "Take what the run's folder lacks, config.json last"
-        here = {f.name for f in run_files(self.folder)}
-        if "run.json" in here or not (self.mirror / "config.json").exists():
+        here = {file.name for file in run_files(self.run)}
+        if "run.json" in here or not (self.folder / "config.json").exists():
             return
-        files = [f for f in run_files(self.mirror) if f.name not in here and
+        files = [f for f in run_files(self.folder) if f.name not in here and
                  not ("config.json" in here and f.match(CHECKPOINTS))]
         for file in sorted(files, key=lambda f: f.name == "config.json"):
-            copy_checked(file, self.folder / file.name)
+            copy_checked(file, self.run / file.name)
 
     def update(self) -> bool:  # whether both hold the same now
-        "Send what is new; a mirror that fails warns once, nothing stops"
+        "Send what is new; a backup that fails warns once, nothing stops"
         try:
-            for file in run_files(self.folder):
+            for file in run_files(self.run):
                 mark = file.stat().st_mtime_ns, file.stat().st_size
                 if self.sent.get(file.name) != mark:
-                    copy_checked(file, self.mirror / file.name)
+                    copy_checked(file, self.folder / file.name)
                     self.sent[file.name] = mark
-            if (self.folder / "run.json").exists():  # nothing to go on from
-                _forget(*_steps(self.mirror))
-            for newest in _steps(self.folder)[:1]:
-                _drop_old(self.mirror, newest.name)
+            if (self.run / "run.json").exists():  # nothing to go on from
+                _forget(*_steps(self.folder))
+            for newest in _steps(self.run)[:1]:
+                _drop_old(self.folder, newest.name)
         except (CheckpointError, OSError) as error:
             if not self.warned:
-                warnings.warn(f"the mirror fails ({error}); training goes "
+                warnings.warn(f"the backup fails ({error}); training goes "
                               "on without it", stacklevel=2)
             self.warned = True
             return False
@@ -370,10 +363,10 @@ class Mirror:
 # %% ../nbs/W4_checkpoint.ipynb #5ea1ed02
 def seal_run(
     folder: Path,  # a run that has all but its run.json
-    note: dict,  # what run.json will hold
+    result: dict,  # what run.json will hold
 ) -> dict[str, str]:  # name: SHA-256
-    "The digests of a run's files, and of the note without them"
-    rest = {name: part for name, part in note.items() if name != "seal"}
+    "The digests of a run's files, and of the result without them"
+    rest = {name: part for name, part in result.items() if name != "seal"}
     parts = {f.name: f.read_bytes() for f in run_files(folder)
              if not f.name.startswith(("checkpoint-", "run."))}
     parts["run.json"] = json.dumps(rest, sort_keys=True).encode()
@@ -388,17 +381,17 @@ def check_run(
 
     Raises `CheckpointError` for a run that is not what it was. One of a
     version that sealed nothing is believed."""
-    note = read_json(folder / "run.json")
-    if not note.keys() & {"seal", "parts"}:  # up to 0.1.0
-        return note
-    check_note(note, {"seal": dict}, folder / "run.json")
-    now, told = seal_run(folder, note), note["seal"]
+    result = read_json(folder / "run.json")
+    if not result.keys() & {"seal", "parts"}:  # up to 0.1.0
+        return result
+    check_metadata(result, {"seal": dict}, folder / "run.json")
+    now, seal = seal_run(folder, result), result["seal"]
     for name in ("run.json", "config.json", "metrics.jsonl",
-                 "model.safetensors", *told):
-        ensure(name in now and told.get(name) == now[name], f"{folder / name} "
+                 "model.safetensors", *seal):
+        ensure(name in now and seal.get(name) == now[name], f"{folder / name} "
                "is not what the run wrote: it was damaged or changed, copy it "
-               "from the mirror or train again")
-    return note
+               "from the backup or train again")
+    return result
 
 # %% ../nbs/W4_checkpoint.ipynb #62e3ff77
 def keyed_generator(
@@ -455,19 +448,18 @@ def check_tensors(
 def restore(
     model: nn.Module,  # of the same sizes as the one collected
     optimizer: AdamW,  # over the same parameters
-    tensors: dict[str, Tensor],  # what `collect` returned, perhaps more
+    tensors: dict[str, Tensor],  # what `collect` returned
 ) -> None:
     """Put collected tensors back into a model and its optimiser
 
     Raises `CheckpointError` when they belong to a model of another shape."""
-    own = {name: tensor for name, tensor in tensors.items()
-           if name.startswith(("model.", "optimizer."))}
-    begun = any(name.startswith("optimizer.") for name in own)
-    check_tensors(own, expected_tensors(model, optimizer, begun),
+    begun = any(name.startswith("optimizer.") for name in tensors)
+    check_tensors(tensors, expected_tensors(model, optimizer, begun),
                   "the checkpoint belongs to another model")
-    model.load_state_dict({n: own[f"model.{n}"] for n in model.state_dict()})
-    state = {i: {"step": own[f"optimizer.{i}.step"], **{
-        name: torch.empty_like(p).copy_(own[f"optimizer.{i}.{name}"])
+    model.load_state_dict(
+        {name: tensors[f"model.{name}"] for name in model.state_dict()})
+    state = {i: {"step": tensors[f"optimizer.{i}.step"], **{
+        name: torch.empty_like(p).copy_(tensors[f"optimizer.{i}.{name}"])
         for name in ("exp_avg", "exp_avg_sq")}}  # in memory as p is
         for i, p in enumerate(_parameters(optimizer) if begun else [])}
     groups = optimizer.state_dict()["param_groups"]

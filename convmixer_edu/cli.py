@@ -242,13 +242,13 @@ def _remember(out, args, source, device):
 
 def _begun(run, data):
     "Where the images of a run are now, and which device it was begun on"
-    from convmixer_edu.checkpoint import check_note, read_json
+    from convmixer_edu.checkpoint import check_metadata, read_json
     from convmixer_edu.data import DEFAULT_SOURCE
     file = run / "command.json"
     file = file if file.exists() else run / "config.json"
     metadata = read_json(file)
     metadata["device"] = metadata.get("device") or ""  # None: not asked for
-    check_note(metadata, {"source": str, "device": str}, file)
+    check_metadata(metadata, {"source": str, "device": str}, file)
     source, device = metadata["source"], metadata["device"] or None
     hub = "/" in source and not Path(source).is_absolute()
     if data or source == "digits":
@@ -295,7 +295,7 @@ def train_command(
     device: Device = None,
     pairs: _option(list[str] | None, "Change one setting of the recipe; may "
                    "be given again.", "--set", metavar="KEY=VALUE") = None,
-    mirror: _option(Path | None, "A second folder that gets a copy of every "
+    backup: _option(Path | None, "A second folder that gets a copy of every "
                     "checkpoint.", metavar="DIR") = None,
     tensorboard: _option(bool, "Write scalars to DIR/tensorboard.",
                          "--tensorboard") = False,
@@ -311,8 +311,8 @@ def train_command(
     _refuse(weights and not (finetune or resume), "--weights belongs to "
             "--finetune NAME: say which network they are of")
     run = None
-    if resume:  # what the run's folder knows, or its mirror
-        run = out if (out / "config.json").exists() or not mirror else mirror
+    if resume:  # what the run's folder knows, or its backup
+        run = out if (out / "config.json").exists() or not backup else backup
     config = _recipe(run, preset, _settings(
         pairs, epochs=epochs, seed=seed, start=run and finetune), finetune)
     if run:
@@ -332,7 +332,7 @@ def train_command(
             lambda event: _remember(out, ctx.obj, source, device), bar,
             *([TensorBoard(out / "tensorboard")] if tensorboard else []),
             *([Trace(out / "trace.json")] if profile else []))
-        record = train(config, source, out, resume, device, report, mirror,
+        record = train(config, source, out, resume, device, report, backup,
                        init_weights)
     if _FIRST:
         _answer({"run": str(out), **record}, as_json, _show_run)

@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .anatomy import count_parameters
-from .checkpoint import (check_note, check_run, read_checkpoint,
-                                      read_json, read_lines, sync_folder,
-                                      write_atomically, write_checkpoint,
-                                      write_json)
+from .checkpoint import (
+    check_metadata, check_run, read_checkpoint, read_json, read_lines,
+    sync_folder, write_atomically, write_checkpoint, write_json)
 from .escape import markdown, yaml_text
 
 # %% ../nbs/W10_records.ipynb #3a6584ed
@@ -60,11 +59,14 @@ def _copied(names, source, folder):
                              "is made of the files of a finished run")
     aside = folder.with_name(f".{folder.name}.part")  # whole, or not there
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    for name in names:
-        write_atomically(aside / name, (source / name).read_bytes())
-    yield aside
-    aside.rename(folder)
+    try:
+        aside.mkdir(parents=True)
+        for name in names:
+            write_atomically(aside / name, (source / name).read_bytes())
+        yield aside
+        aside.rename(folder)
+    finally:  # it has its name, or is of no use
+        shutil.rmtree(aside, ignore_errors=True)
     sync_folder(folder.parent)
 
 # %% ../nbs/W10_records.ipynb #b12523e9
@@ -179,8 +181,9 @@ def check_record(
     folder: Path,  # of a recorded run
 ) -> dict:  # what record.json holds: the command, the seal
     "Raises `ValueError` for a record that was changed after it was made"
-    note = read_json(folder / "record.json")
-    check_note(note, {"command": str, "sha256": str}, folder / "record.json")
+    file = folder / "record.json"
+    note = read_json(file)
+    check_metadata(note, {"command": str, "sha256": str}, file)
     if note["sha256"] not in (_seal(folder),  # the first ones
                               _seal(folder, note["command"])):
         raise ValueError(f"the record {folder.name} was changed after it was "
@@ -222,7 +225,7 @@ def check_result(
 ) -> None:
     "Raises `ValueError` naming the first value that no run writes"
     own = {"failed": str} if "failed" in run else _KINDS
-    check_note({"metrics": [], **run}, {"config": dict, "metrics": [dict],
+    check_metadata({"metrics": [], **run}, {"config": dict, "metrics": [dict],
                                         **own}, file)
     for name, value in run["config"].items():  # numbers and plain words
         if not re.fullmatch(r"[\w.+-]*", str(value)):

@@ -164,14 +164,14 @@ def read_weights(
     file = expand(file)
     ensure(file.is_file(), f"there is no file {file}: expected weights, as "
            ".safetensors or .pth")
-    held, name = _unwrap(_read(file), file)
+    found, name = _unwrap(_read(file), file)
     try:
-        expect(isinstance(held, dict) and held and all(
-            map(_plain, held.values())), "it holds no weights",
+        expect(isinstance(found, dict) and found and all(
+            map(_plain, found.values())), "it holds no weights",
             "a dict of tensors, alone or as its 'state_dict'")
         tensors = {_BEGINS.sub("", str(key)): tensor.to(
             torch.float32 if tensor.is_floating_point() else None, copy=True)
-            for key, tensor in held.items()}  # copied: the file may change
+            for key, tensor in found.items()}  # copied: the file may change
         for key, tensor in tensors.items():
             expect(tensor.isfinite().all(), f"it is damaged: {key} holds "
                    "values that are no numbers", "numbers: fetch it again")
@@ -381,7 +381,7 @@ class Tally:
                 "confusion": torch.cat([pairs, counts[:, None]], 1).tolist()}
 
 # %% ../nbs/W15_published.ipynb #0bd79821
-def _note(name, model, *decisive):
+def _tally_file(name, model, *decisive):
     "The file that keeps what is known so far, if there is a place for it"
     digest = hashlib.sha256(repr((name, decisive)).encode()
                             + save(model.state_dict())).hexdigest()
@@ -413,8 +413,8 @@ def evaluate_pretrained(
     expect(len(pictures), f"{source} has no images in split {split}", "some")
     numbers = targets(pictures.classes, settings.num_classes)
     device, model = choose_device(device), load_pretrained(name, file)
-    tally = Tally(_note(name, model, source, split, pictures.classes,
-                        source_state(source, files), frame))
+    tally = Tally(_tally_file(name, model, source, split, pictures.classes,
+                              source_state(source, files), frame))
     before, began = len(tally.rows), time.monotonic()
     model, saved, left = model.to(device), began, len(pictures) - before
     batches = left and create_loader(  # timm's own

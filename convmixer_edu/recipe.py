@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .augment import POLICIES, Augment
-from .checkpoint import (CheckpointError, check_note,
+from .checkpoint import (CheckpointError, check_metadata,
                                       read_json)
 from .depthwise import weight_gradient_methods
 from .model import (ACTIVATIONS, NORMS, RESIDUALS,
@@ -79,7 +79,6 @@ class Config:
     channels_last: bool = True  # the layout of images in memory
     compile: bool = False  # torch.compile for the blocks
     depthwise: str = "auto"  # how its weight gradient is computed
-    probe: bool = False  # time layout, compiler, type; take the fastest
     checkpoint_seconds: float = 60.0  # 0: after every step
 
     def __post_init__(self):
@@ -100,7 +99,7 @@ class Config:
                                      record.items() if name not in RETIRED})
 
 
-RETIRED = {"alternating": False}  # what settings that are gone must say
+RETIRED = {"alternating": False, "probe": False}  # what these must say
 
 # %% ../nbs/05_training.ipynb #cf39f277
 CHOICES = {  # the settings that are words, and the words they may be
@@ -244,10 +243,10 @@ def read_setup(
 ) -> tuple[Config, dict]:  # the recipe, all that the file holds
     "Raises `CheckpointError` for what no run wrote"
     setup = read_json(path)
-    check_note(setup, {"config": dict}, path)
+    check_metadata(setup, {"config": dict}, path)
     try:
         config = Config.from_record(setup["config"])
-        check_note(setup, _SETUP, path, {"version", "choice", "depthwise"})
+        check_metadata(setup, _SETUP, path, {"version", "choice", "depthwise"})
         check_kind("choice", setup.get("choice", {}), dict)
         check_kind("depthwise", setup.get("depthwise", ""), str)
         sizes = [setup["channels"], *setup["image_size"]]

@@ -162,8 +162,12 @@ class CompiledSequential(nn.Sequential):
 def prepare(
     model: nn.Module,  # changed in place, its values are not
     choice: RunSettings,
+    report=None,  # called with a sentence if it cannot have "units"
 ) -> nn.Module:
-    "The model in the layout chosen, its blocks compiled if so chosen"
+    "The model in the layout, with the kernels and the compiler chosen"
+    units = choice.depthwise == "units"
+    if choice.depthwise:
+        fast_depthwise(model, "library" if units else choice.depthwise)
     model.to(memory_format=layout(choice.channels_last))
     if choice.compile:
         keep_compiled_code_private()
@@ -172,6 +176,8 @@ def prepare(
                 part.__class__ = CompiledSequential
                 part.compile(dynamic=False, options={
                     "layout_optimization": choice.layout_optimization})
+    if units:
+        fast_units(model, getattr(torch, choice.dtype), report)
     return model
 
 # %% ../nbs/P4_speed.ipynb #3b6198ba
@@ -189,10 +195,9 @@ def frozen(
     model: nn.Module,  # copied: it can be trained on
     choice: RunSettings,
 ):  # a function, images (B, c, H, W) -> float32 logits (B, n)
-    "The fastest way to evaluate a model as it is now"
-    model = fast_depthwise(deepcopy(model).eval(), "library")
-    device = next(model.parameters()).device
-    prepare(nn.Sequential(model), choice)  # compiled as one piece
+    "The fastest way to evaluate a model as it is now, compiled as one piece"
+    model, device = deepcopy(model).eval(), next(model.parameters()).device
+    prepare(nn.Sequential(model), replace(choice, depthwise="library"))
     freezing = _freezing if choice.compile else contextlib.nullcontext
 
     @torch.inference_mode()
@@ -268,11 +273,8 @@ def make_step(
         return lambda: forward(x)
     y = torch.arange(w.batch_size, device=device) % w.num_classes
     y = nn.functional.one_hot(y, w.num_classes).float()
-    method = choice.depthwise or w.depthwise
-    model = fast_depthwise(model, "library" if method == "units" else method)
+    choice = replace(choice, depthwise=choice.depthwise or w.depthwise)
     model, scaler = prepare(model, choice), make_scaler(device, dtype)
-    if method == "units":
-        model = fast_units(model, dtype)
     graph = device.type == "cuda" and not scaler.is_enabled()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True,
                                   capturable=graph)
@@ -304,8 +306,9 @@ def probe(
     report=None,  # called with each `RunSettings` as it is timed
 ) -> list[RunSettings]:  # in the order tried
     "Time every setting; one that fails says why, and the next is tried"
-    timed, best, deadline = [], 0.0, time.monotonic() + seconds
-    for choice in choices(device):
+    every, timed, best = choices(device), [], 0.0
+    deadline = time.monotonic() + seconds
+    for choice in every:
         if time.monotonic() > deadline:
             choice = replace(choice, reason=f"not reached in {seconds:.3g} s")
         else:

@@ -19,33 +19,31 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .checkpoint import (CHECKPOINTS, Mirror, check_note,
-                                      check_run, check_tensors, claimed,
-                                      collect, ensure, expected_tensors,
-                                      keyed_generator, latest, remove_partial,
-                                      restore, save_step, seal_run, step_file,
-                                      write_atomically, write_checkpoint,
-                                      write_json)
-from .data import (ImageSet, expect, load_images, resolve_source,
-                                split_holdout, stratified_index)
-from .depthwise import choose_method, fast_depthwise
-from .distributed import (all_sum, any_of, from_main, is_main,
-                                       parallel, rank, setup, shared,
-                                       synchronise_batchnorm, world)
+from .checkpoint import (
+    CHECKPOINTS, Backup, check_metadata, check_run, check_tensors, claimed,
+    collect, ensure, expected_tensors, keyed_generator, latest, remove_partial,
+    restore, save_step, seal_run, step_file, write_atomically,
+    write_checkpoint, write_json)
+from convmixer_edu.data import (
+    ImageSet, expect, load_images, resolve_source, split_holdout,
+    stratified_index)
+from .depthwise import choose_method
+from .distributed import (
+    all_sum, any_of, from_main, is_main, parallel, rank, setup, shared,
+    synchronise_batchnorm, world)
 from .loaders import make_loader
 from .inference import Statistics, score, statistics
 from .initialize import covariance_init
 from .ledger import check_result
-from .machine import (choose_device, choose_precision,
-                                   dtype_name, keep_freed_memory, layout,
-                                   make_scaler, measured, peak_memory_mb,
-                                   train_step, who_ran)
+from .machine import (
+    choose_device, choose_precision, dtype_name, keep_freed_memory, layout,
+    make_scaler, measured, peak_memory_mb, train_step, who_ran)
 from .model import IMAGENET
-from .recipe import (CHOICES, FREE, Config, augmentation,
-                                  learning_rate, make_model, make_optimizer,
-                                  read_setup, recipe_digest)
+from .recipe import (
+    CHOICES, FREE, Config, augmentation, learning_rate, make_model,
+    make_optimizer, read_setup, recipe_digest)
 from .speed import Recorded, RunSettings, Workload, choose, prepare
-from .units import fast_units, units_are_faster
+from .units import units_are_faster
 
 # %% ../nbs/W6_train.ipynb #3ca3472c
 def steps_per_epoch(
@@ -75,15 +73,14 @@ def make_facts(
     data: ImageSet,  # to train on
 ) -> dict:  # of config.json, all but how to run
     "Enough to build the model, and to know on resume whether it is the same"
-    stats = statistics(data.images)
-    if c.start:  # what the first weights are used to
-        stats = Statistics(IMAGENET["mean"], IMAGENET["std"])
+    # normalised as published weights are used to, if it begins with some
+    stats = IMAGENET if c.start else vars(statistics(data.images))
     _, channels, height, width = data.images.shape
     return {"config": dataclasses.asdict(c), "source": Path(source).name
             if Path(source).is_dir() else source,
             "classes": list(data.classes), "channels": channels,
-            "image_size": [height, width], "mean": list(stats.mean),
-            "std": list(stats.std), "train_images": len(data),
+            "image_size": [height, width], "mean": list(stats["mean"]),
+            "std": list(stats["std"]), "train_images": len(data),
             "train_fingerprint": data.fingerprint, "version": __version__}
 
 # %% ../nbs/W6_train.ipynb #ef5bbdd5
@@ -91,24 +88,25 @@ class Run:
     "A training run: what it holds, and where it is"
 
     def __init__(self, c: Config, data: ImageSet, device, facts: dict,
-                 out: Path | None = None, held=None, mirror=None, report=None):
-        self.c, self.data, self.held, self.device = c, data, held, device
-        self.facts, self.out, self.mirror = facts, out, mirror
-        self.world, self.images = world(), len(data)
+                 out: Path | None = None, val=None, backup=None, report=None):
+        self.c, self.data, self.val, self.device = c, data, val, device
+        self.facts, self.out, self.backup = facts, out, backup
+        self.world, gpu = world(), device.type == "cuda"
         self.report = report if report and is_main() else lambda event: None
         self.stats = Statistics(tuple(facts["mean"]), tuple(facts["std"]))
-        self.choice = RunSettings(**facts["choice"])
-        self.dtype = getattr(torch, self.choice.dtype)
-        self.loader = make_loader(c.engine, data, augmentation(c),
-                                  self.stats.mean, self.stats.std, c.seed,
-                                  device, c.workers, rank(), self.world)
-        self.model = build_model(c, data, device, facts["depthwise"],
-                                 self.choice)
-        self.whole = parallel(self.model)  # with the other processes
+        self.settings = RunSettings(**{**facts["choice"],
+                                       "depthwise": facts["depthwise"]})
+        self.dtype = getattr(torch, self.settings.dtype)
+        self.loader = make_loader(
+            c.engine, data, augmentation(c), self.stats.mean, self.stats.std,
+            c.seed, device, c.workers, rank(), self.world)
+        self.model = build_model(c, data, device, self.settings)
+        self.ddp_model = parallel(self.model)  # with the other processes
         self.optimizer = make_optimizer(self.model, c)
         self.scaler = make_scaler(device, self.dtype)
+        self.images = len(data)
         self.batch = min(c.batch_size, self.images)
-        self.steps = steps_per_epoch(self.images, c.batch_size)
+        self.steps = steps_per_epoch(self.images, self.batch)
         self.total = c.epochs * self.steps
         self.machine = who_ran(device, self.dtype)
         self.parts, self.metrics = [], []  # one for each machine, each epoch
@@ -116,8 +114,9 @@ class Run:
         exact = torch.float32 if device.type == "mps" else torch.float64
         self.loss_sum = torch.zeros((), dtype=exact, device=device)
         self.waiting = []  # losses on their way from the GPU
+        self.every = 20 if gpu else 10 if self.world > 1 else 1  # steps, a look
         self.given, self.step = self.loader.batches, self._step
-        if device.type == "cuda" and self.world == 1 and (
+        if gpu and self.world == 1 and (
                 c.engine == "batched" and not self.scaler.is_enabled()):
             self.given = lambda epoch, picked: (
                 (self.loader.pack(epoch, *pick),) for pick in picked)
@@ -125,8 +124,8 @@ class Run:
                 *self.loader.make(packed)), device)
 
     def _step(self, x, y):
-        x = x.contiguous(memory_format=layout(self.choice.channels_last))
-        return train_step(self.whole, self.optimizer, self.scaler, x, y,
+        x = x.contiguous(memory_format=layout(self.settings.channels_last))
+        return train_step(self.ddp_model, self.optimizer, self.scaler, x, y,
                           self.c.clip, self.dtype)
 
     def update(self, given, progress: float) -> Tensor:  # the loss
@@ -143,54 +142,46 @@ class Run:
 
     def save(self):
         "Write a checkpoint of where the run is"
-        loss_sum = all_sum(self.loss_sum.clone()) / self.world
+        loss_sum = float(all_sum(self.loss_sum.clone())) / self.world
         if is_main():
-            tensors = collect(self.model, self.optimizer)
-            tensors["loop.loss_sum"] = loss_sum.cpu().double()
-            save_step(self.out, self.done, tensors, {
-                "step": self.done, "seconds": self.seconds,
-                "metrics": self.metrics, "parts": self.parts,
-                "scaler": self.scaler.state_dict(),
-                "recipe": recipe_digest(self.facts)})
-            if self.mirror:
-                self.mirror.update()
+            save_step(self.out, self.done, collect(self.model, self.optimizer),
+                      {"step": self.done, "seconds": self.seconds,
+                       "loss_sum": loss_sum, "metrics": self.metrics,
+                       "parts": self.parts, "scaler": self.scaler.state_dict(),
+                       "recipe": recipe_digest(self.facts)})
+            if self.backup:
+                self.backup.update()
 
     def load(self) -> bool:  # whether there was a checkpoint
         "Go on from the newest checkpoint that is one of this run"
         tensors = {}  # stays empty in all processes but one
 
         def find():
-            mirrors = [self.mirror.mirror] if self.mirror else []
-            found = latest(self.out, *mirrors, check=self.check)
-            tensors.update(found[0] if found else {})
-            return found and found[1]
+            folders = self.out, *([self.backup.folder] if self.backup else [])
+            found, meta = latest(*folders, check=self.check) or ({}, None)
+            tensors.update(found)
+            return meta
 
         if (meta := from_main(find)) is None:
             return False
-        tensors = shared(tensors, self.expected(meta["step"] > 0))
-        restore(self.model, self.optimizer, tensors)
-        self.loss_sum.copy_(tensors["loop.loss_sum"])
+        like = expected_tensors(self.model, self.optimizer, meta["step"] > 0)
+        restore(self.model, self.optimizer, shared(tensors, like))
+        self.loss_sum.fill_(meta["loss_sum"])
         self.done, self.seconds = meta["step"], meta["seconds"]
         self.metrics, self.parts = meta["metrics"], meta["parts"]
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(meta["scaler"])
+        self.scaler.load_state_dict(meta["scaler"])
         return True
-
-    def expected(self, begun: bool) -> dict[str, Tensor]:
-        "Of which names, shapes and types a checkpoint's tensors must be"
-        return {**expected_tensors(self.model, self.optimizer, begun),
-                "loop.loss_sum": torch.zeros((), dtype=torch.float64)}
 
     def check(self, file: Path, tensors: dict, meta: dict):
         "Raises `CheckpointError` for a checkpoint that is none of this run"
         recipe = recipe_digest(self.facts)
         if "version" not in self.facts:  # begun by one that did not note them
             meta.setdefault("recipe", recipe), meta.setdefault("parts", [])
-        check_note(meta, _META, file, set())
+        check_metadata(meta, _META, file, set())
         for line in meta["metrics"]:
-            check_note(line, _LINE, file)
+            check_metadata(line, _LINE, file)
         scaler = dict.fromkeys(self.scaler.state_dict(), float)
-        check_note(meta["scaler"], scaler, file, set())
+        check_metadata(meta["scaler"], scaler, file, set())
         step, epochs = meta["step"], [line["epoch"] for line in meta["metrics"]]
         for right, words in (
                 (meta["recipe"] == recipe, "belongs to another run"),
@@ -203,19 +194,9 @@ class Run:
                 (meta["seconds"] >= 0, "took less than no time")):
             ensure(right, f"{file} {words}: expected a checkpoint of the run "
                    "that config.json describes")
-        check_tensors(tensors, self.expected(step > 0),
-                      f"{file} belongs to another model")
-
-    def take(self, weights: dict[str, Tensor]):
-        "Begin with given weights; the head keeps its own"
-        own = self.model.state_dict()
-        for name, tensor in weights.items():
-            shape = tuple(own[name].shape) if name in own else "none"
-            ensure(tuple(tensor.shape) == shape, f"the weights of "
-                   f"{self.c.start} do not fit: {name} has the shape "
-                   f"{tuple(tensor.shape)}, expected {shape} by the recipe "
-                   "and the data")
-            own[name].copy_(tensor)
+        check_tensors(
+            tensors, expected_tensors(self.model, self.optimizer, step > 0),
+            f"{file} belongs to another model")
 
     def score(self, data: ImageSet) -> dict:
         "How good the network is; compiling it anew for that would not pay"
@@ -230,8 +211,8 @@ class Run:
             write_atomically(self.out / "metrics.jsonl", lines.encode())
 
 
-_META = {"step": int, "seconds": float, "metrics": [dict], "scaler": dict,
-         "recipe": str, "parts": [dict]}
+_META = {"step": int, "seconds": float, "loss_sum": float, "metrics": [dict],
+         "parts": [dict], "scaler": dict, "recipe": str}
 _LINE = {"epoch": int, "loss": float, "lr": float, "seconds": float}
 
 # %% ../nbs/W6_train.ipynb #14dcb62e
@@ -239,21 +220,18 @@ def build_model(
     c: Config,
     data: ImageSet,  # decides the classes and the channels
     device: torch.device,
-    depthwise: str = "library",  # how its weight gradient is computed
-    choice: RunSettings | None = None,  # layout and compiler; None: as c says
+    settings: RunSettings | None = None,  # None: as c says, nothing measured
 ) -> nn.Sequential:
     "The model of a recipe, its first weights drawn from the recipe's seed"
-    choice = choice or RunSettings(c.channels_last, c.compile)
+    settings = settings or RunSettings(c.channels_last, c.compile,
+                                       depthwise="library")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(c.seed)
         model = make_model(c, len(data.classes), data.images.shape[1])
     if c.init == "covariance":
         covariance_init(model, keyed_generator(c.seed, 3))
-    units, model = depthwise == "units", model.to(device)
-    model = fast_depthwise(model, "library" if units else depthwise)
-    model = prepare(synchronise_batchnorm(model), choice)
-    return fast_units(model, getattr(torch, choice.dtype),
-                      warnings.warn) if units else model
+    model = synchronise_batchnorm(model.to(device))
+    return prepare(model, settings, warnings.warn)
 
 # %% ../nbs/W6_train.ipynb #1996c3a8
 def _take_over(run: Run):
@@ -267,7 +245,7 @@ def _take_over(run: Run):
                       "the last bits of its weights may differ from those of "
                       "an undisturbed run")
     if changed or not run.parts:
-        run.parts = [*run.parts, {"first_step": run.done + 1, **run.machine}]
+        run.parts.append({"first_step": run.done + 1, **run.machine})
 
 # %% ../nbs/W6_train.ipynb #err00001
 class TrainingError(RuntimeError):
@@ -290,21 +268,21 @@ class Stopped(TrainingError):
 # %% ../nbs/W6_train.ipynb #fd21babf
 def _loop(run: Run, stop):
     "Train from where the run is to its end"
-    saved = started = time.monotonic()
-    before = run.seconds
-    run.whole.train()
+    saved = began = time.monotonic()
+    began -= run.seconds
+    run.ddp_model.train()
     while run.done < run.total:
-        epoch, first = divmod(run.done, run.steps)
-        picked = picks(run.images, run.c, epoch, first)
+        epoch, start = divmod(run.done, run.steps)
+        picked = picks(run.images, run.c, epoch, start)
         for given in run.given(epoch, picked):
             loss = run.update(given, (run.done + 1) / run.total)
             run.done += 1
-            run.seconds = before + time.monotonic() - started
-            told = _is_told(run)
-            enough = told and _tell(run, loss)
+            run.seconds = time.monotonic() - began
+            look = run.done % run.steps % run.every == 0  # at the last always
+            enough = look and _report(run, loss)
             if run.done % run.steps == 0:
                 _end_epoch(run, epoch)
-            if run.world > 1 and not told:
+            if run.world > 1 and not look:
                 continue  # they ask each other now and then, not each time
             stopped = any_of(bool(stop or enough))
             due = time.monotonic() - saved >= run.c.checkpoint_seconds
@@ -340,18 +318,9 @@ def _check_finite(run, loss, done):
             f"{run.c.lr:g}) or set clip to 1.0")
 
 # %% ../nbs/W6_train.ipynb #b9cdda0b
-def _is_told(run):
-    "Whether the loss of this step is looked at; of an epoch's last always"
-    every = max(20 if run.device.type == "cuda" else 1,
-                10 if run.world > 1 else 1)
-    step = (run.done - 1) % run.steps + 1
-    return step % every == 0 or step == run.steps
-
-
-def _tell(run: Run, loss):
-    "Tell of the losses that have arrived; whether whoever is told says stop"
-    if run.world > 1:
-        loss = all_sum(loss.clone()) / run.world  # of all processes' images
+def _report(run: Run, loss):
+    "Tell of the losses that have arrived; whether whoever hears says stop"
+    loss = all_sum(loss.clone()) / run.world  # of all processes' images
     speed = run.done * run.batch / run.seconds
     run.waiting.append((_later(loss), {
         "event": "step", "epoch": (run.done - 1) // run.steps + 1,
@@ -375,8 +344,8 @@ def _end_epoch(run: Run, epoch):
     line = {"epoch": epoch + 1, "loss": loss,
             "lr": float(run.optimizer.param_groups[0]["lr"]),
             "seconds": round(run.seconds, 3)}
-    if run.held is not None:
-        line["held_out_accuracy"] = run.score(run.held)["accuracy"]
+    if run.val is not None:
+        line["held_out_accuracy"] = run.score(run.val)["accuracy"]
     run.metrics.append(line)
     run.write_metrics()
     run.report({"event": "epoch", "epochs": run.c.epochs, **line})
@@ -389,8 +358,8 @@ def train(
     resume: bool = False,  # go on with the run that is in the folder
     device: str | None = None,  # None: a GPU if there is one
     report=None,  # called with a dict at each step and epoch
-    mirror: str | os.PathLike | None = None,  # a folder that gets copies
-    first=None,  # gives the weights to begin with, if config.start says so
+    backup: str | os.PathLike | None = None,  # a folder that gets copies
+    init_weights=None,  # gives those to begin with, if config.start says so
 ) -> dict:  # what run.json holds
     """Train a ConvMixer and leave a folder that tells how (Sec. 3)
 
@@ -398,37 +367,32 @@ def train(
     the same weights, bit for bit on a CPU with as many threads. It stops,
     with a checkpoint, at SIGTERM, or when `report` returns something true.
     Raises `ValueError` for data or a folder that cannot be used, or that
-    another process trains in,
-    `Stopped` when it was stopped and `Diverged` for a loss that is no
-    number."""
+    another process trains in, `Stopped` when it was stopped and `Diverged`
+    for a loss that is no number."""
     _check_torch()
     device, out = choose_device(setup(device)), Path(out)
-    source, mirrors = resolve_source(source), []  # of the main process only
+    source, backups = resolve_source(source), []  # of the main process only
     keep_freed_memory()
     with ExitStack() as until_the_end:  # or an error: frees the folder
-
-        def begin():
-            mirrors.append(_claim(out, mirror, resume, until_the_end))
-            if world() > 1:
-                _both_sets(config, source)  # the others find the cache
-
-        from_main(begin)
+        from_main(lambda: backups.append(
+            _claim(out, backup, resume, until_the_end)))
+        if world() > 1:  # the others find the cache
+            from_main(lambda: bool(_both_sets(config, source)))
         data, test = _both_sets(config, source)
         aside = min(config.holdout, len(data) // 10)
-        data, held = split_holdout(data, aside) if aside else (data, None)
+        data, val = split_holdout(data, aside) if aside else (data, None)
         _check_data(config, data, test)
         facts, record = from_main(lambda: _open(
-            config, source, data, device, out, resume, *mirrors))
+            config, source, data, device, out, resume, *backups))
         if record is not None:
             return record
-        run = Run(config, data, device, facts, out, held, *mirrors or [None],
+        run = Run(config, data, device, facts, out, val, *backups or [None],
                   report)
-        begun = resume and run.load()
-        if not begun:
-            from_main(lambda: _begin(run, resume, first))
-        if config.start and not begun:  # the first weights are checkpoint 0
-            run.save()
-            run.load()
+        if not (resume and run.load()):
+            from_main(lambda: _begin(run, resume, init_weights))
+            if config.start:  # the first weights are checkpoint 0
+                run.save()
+                run.load()
         _take_over(run)
         with stop_signal() as stop:
             _loop(run, stop)
@@ -447,55 +411,47 @@ def _check_torch():
             ("default dtype", torch.get_default_dtype(), torch.float32),
             ("default device", torch.get_default_device().type, "cpu"),
             ("grad mode", torch.is_grad_enabled(), True)):
-        if now != usual:
-            raise ValueError(f"torch's {what} was set to {now}, expected "
-                             f"{usual}: set it back before training")
+        expect(now == usual, f"torch's {what} was set to {now}",
+               f"{usual}: set it back before training")
 
 
 def _check_data(c, data, test):
     "What must be true of the data before anything is built"
-    side, share = min(data.images.shape[2:]), 2 * world()
-    batch = min(c.batch_size, len(data))
-    for right, words in (
-            (data.classes == test.classes, "train and test have different "
-             f"classes: {', '.join(data.classes)} and "
-             f"{', '.join(test.classes)}, expected the same in both"),
-            (not c.start or data.images.shape[1] == 3, "the weights of "
-             f"{c.start} want images of 3 channels, these have "
-             f"{data.images.shape[1]}, expected colour images"),
-            (side >= c.patch_size, f"patch_size is {c.patch_size}, larger "
-             "than the images ({2} x {3}), expected at most their side".format(
-                 *data.images.shape)),
-            (share == 2 or batch % share == 0, f"a batch of {batch} images "
-             f"cannot be shared by {share // 2} processes in pairs, expected "
-             f"a batch_size that {share} divides")):
-        if not right:
-            raise ValueError(words)
+    n, channels, height, width = data.images.shape
+    batch, many = min(c.batch_size, n), world()
+    expect(data.classes == test.classes, "train has the classes "
+           f"{', '.join(data.classes)}, test {', '.join(test.classes)}",
+           "the same in both")
+    expect(not c.start or channels == 3, f"the weights of {c.start} want "
+           f"images of 3 channels, these have {channels}", "colour images")
+    expect(min(height, width) >= c.patch_size, f"patch_size is {c.patch_size}"
+           f", larger than the images ({height} x {width})",
+           "at most their side")
+    expect(many == 1 or batch % (2*many) == 0, f"a batch of {batch} images "
+           f"cannot be shared by {many} processes in pairs",
+           f"a batch_size that {2*many} divides")
 
 # %% ../nbs/W6_train.ipynb #7b5b3d7a
-def _claim(out, mirror, resume, until_the_end):
-    "Keep others out of a run's folder, look into it; its mirror, if any"
+def _claim(out, backup, resume, until_the_end):
+    "Keep others out of a run's folder, look into it; its backup, if any"
     def remove_empty(folder):
         with suppress(OSError):
             folder.rmdir()
 
-    for folder in filter(None, (out, mirror)):
-        if not Path(folder).exists():  # if nothing comes of it
-            until_the_end.callback(remove_empty, Path(folder))
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file, expected a folder for the run: "
-                         "choose another name")
+    for folder in map(Path, filter(None, (out, backup))):
+        if not folder.exists():  # if nothing comes of it
+            until_the_end.callback(remove_empty, folder)
+    ensure(out.is_dir() or not out.exists(), f"{out} is a file, expected a "
+           "folder for the run: choose another name")
     out.mkdir(parents=True, exist_ok=True)
-    if not until_the_end.enter_context(claimed(out / ".lock")):
-        raise ValueError(f"{out} is being trained by another process: wait "
-                         "for its end or stop it")
-    if not resume and any(f.name[0] != "." for f in out.iterdir()):
-        raise ValueError(f"{out} is not empty: go on with resume=True or "
-                         "choose another folder")  # .DS_Store is none
-    return Mirror(out, mirror, resume) if mirror else None
+    ensure(until_the_end.enter_context(claimed(out / ".lock")), f"{out} is "
+           "being trained by another process: wait for its end or stop it")
+    ensure(resume or all(f.name[0] == "." for f in out.iterdir()), f"{out} "
+           "is not empty: go on with resume=True or choose another folder")
+    return Backup(out, backup, resume) if backup else None
 
 # %% ../nbs/W6_train.ipynb #7b5b3d7b
-def _open(c, source, data, device, out, resume, mirror):
+def _open(c, source, data, device, out, resume, backup):
     "What config.json holds, and run.json, if the run has ended already"
     facts = make_facts(c, source, data)
     if not resume:
@@ -507,34 +463,37 @@ def _open(c, source, data, device, out, resume, mirror):
         return old, None
     record = check_run(out)
     check_result(record, out / "run.json")
-    _drop_checkpoints(out, mirror)
+    _drop_checkpoints(out, backup)
     return old, record
 
 
-def _begin(run, resume, first):
+def _begin(run, resume, init_weights):
     "The first step is to come: take the first weights, write config.json"
     if resume and (run.out / "metrics.jsonl").exists():
         warnings.warn(f"there is no checkpoint in {run.out}: the run begins "
                       "again with its first step")
-    if run.c.start:
-        expect(first is not None, f"start is {run.c.start!r}, but no weights "
-               "were given", "a function that returns them as first")
-        run.take(first())
+    if start := run.c.start:
+        expect(init_weights, f"start is {start!r}, but no weights were given",
+               "a function that returns them as init_weights")
+        weights, own = init_weights(), run.model.state_dict()
+        check_tensors(weights, {n: own[n] for n in weights if n in own},
+                      f"the weights of {start} do not fit")
+        run.model.load_state_dict(weights, strict=False)  # but for the head
     if not resume:
         write_json(run.out / "config.json", run.facts)
 
 # %% ../nbs/W6_train.ipynb #cb97b4dc
 def _check_same(new, before, old, out):
     "A resumed run is the same run: same recipe, same data, a way to run"
-    note = out / "config.json"
-    check_note(old, {"choice": dict, "depthwise": str}, note)
-    choice = {**dataclasses.asdict(RunSettings()), **old["choice"]}
+    file = out / "config.json"
+    check_metadata(old, {"choice": dict, "depthwise": str}, file)
+    choice = dataclasses.asdict(RunSettings()) | old["choice"]
     kinds = {f.name: f.type for f in dataclasses.fields(RunSettings)}
-    check_note(choice, kinds, note, set())
-    for name, chosen in (("precision", choice["dtype"]),
-                         ("depthwise", old["depthwise"])):
-        ensure(chosen in CHOICES[name][1:], f"{note} is damaged ({name} is "
-               f"{chosen!r:.60}): start a new run")  # a word, but not auto
+    check_metadata(choice, kinds, file, set())
+    for name, word in (("precision", choice["dtype"]),
+                       ("depthwise", old["depthwise"])):
+        ensure(word in CHOICES[name][1:], f"{file} is damaged ({name} is "
+               f"{word!r:.60}): start a new run")  # a word, but not auto
     changed = [f"{name} ({getattr(before, name)} there, {value} now)"
                for name, value in new["config"].items()
                if getattr(before, name) != value and name not in FREE]
@@ -551,38 +510,34 @@ def _choose(c, data, device):
     "Layout, compiler, type and weight gradient, decided once a run"
     _, channels, height, _ = data.images.shape
     batch, side = min(c.batch_size, len(data)) // world(), height//c.patch_size
-    dtype, shape = choose_precision(device, c.precision), (
-        batch, c.dim, side, side)
-    choice = RunSettings(c.channels_last, c.compile, dtype=dtype_name(dtype))
-    work = Workload(c.dim, c.depth, c.kernel_size, c.patch_size, batch,
-                    height, channels, len(data.classes),
-                    depthwise=c.depthwise)
-    method, auto = c.depthwise, c.depthwise == "auto"
-    if auto and device.type == "cuda":  # the three hang together
-        choice = dataclasses.replace(choose(work, device), dtype=choice.dtype)
-        method = choice.depthwise
-    elif auto:
+    dtype, method = choose_precision(device, c.precision), c.depthwise
+    settings = RunSettings(c.channels_last, c.compile, dtype=dtype_name(dtype))
+    if method == "auto" and device.type == "cuda":  # they hang together
+        work = Workload(c.dim, c.depth, c.kernel_size, c.patch_size, batch,
+                        height, channels, len(data.classes), depthwise="auto")
+        settings = dataclasses.replace(choose(work, device),
+                                       dtype=settings.dtype)
+        method = settings.depthwise
+    elif method == "auto":
+        shape = batch, c.dim, side, side
         method = measured(
-            ["depthwise", shape, str(choice), c.kernel_size, c.residual,
+            ["depthwise", shape, str(settings), c.kernel_size, c.residual,
              c.norm, c.activation],
-            lambda: _quickest(c, choice, shape, device), device,
+            lambda: _quickest(c, settings, shape, device), device,
             {word: word for word in CHOICES["depthwise"][1:]}.__getitem__)
-    if c.probe and method != "units" and not (
-            auto and device.type == "cuda"):
-        choice = choose(dataclasses.replace(work, depthwise=method), device)
-    return {"choice": dataclasses.asdict(choice), "depthwise": method}
+    return {"choice": dataclasses.asdict(settings), "depthwise": method}
 
 
-def _quickest(c, choice, shape, device):
+def _quickest(c, settings, shape, device):
     "Kernels of our own if a block trains faster by them, or another way"
-    dtype = getattr(torch, choice.dtype)
-    if device.type == "cpu" and choice.channels_last and not choice.compile:
+    dtype = getattr(torch, settings.dtype)
+    if device.type == "cpu" and settings.channels_last and not settings.compile:
         with torch.random.fork_rng(devices=[]):
             one = make_model(dataclasses.replace(c, depth=1), 1, 1)
         if units_are_faster(one, shape, dtype):
             return "units"
     return choose_method(shape, c.kernel_size, dtype, device,
-                         layout(choice.channels_last))[0]
+                         layout(settings.channels_last))[0]
 
 # %% ../nbs/W6_train.ipynb #c2b802c1
 @contextmanager
@@ -590,31 +545,29 @@ def stop_signal(
     also=lambda: None,  # called when one arrives
 ):
     "A list that receives the number of a SIGTERM or SIGINT while it is open"
-    caught, before = [], {}
+    caught = []
 
     def catch(number, frame):
         caught.append(number)
         also()
 
-    try:
+    with ExitStack() as before:
         with suppress(ValueError):  # not the main thread: nothing to catch
             for number in (signal.SIGTERM, signal.SIGINT):
-                before[number] = signal.signal(number, catch)
+                before.callback(signal.signal, number,
+                                signal.signal(number, catch))
         yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 # %% ../nbs/W6_train.ipynb #5f0d77b8
 def _finish(run: Run, test):
     "Keep the weights, read the test set, once, and write down the result"
     if is_main():  # first, so that whatever fails now costs no training
-        write_checkpoint(run.out / "model.safetensors",
-                         run.model.state_dict(), {
-            "kind": "weights", "recipe": recipe_digest(run.facts)})
+        write_checkpoint(
+            run.out / "model.safetensors", run.model.state_dict(),
+            {"kind": "weights", "recipe": recipe_digest(run.facts)})
     seen = run.score(test)
-    few = stratified_index(run.data.labels.cpu(), min(10_000, run.images))
-    own = run.score(run.data.subset(few))
+    some = stratified_index(run.data.labels.cpu(), min(10_000, run.images))
+    own = run.score(run.data.subset(some))
     record = {
         "test_accuracy": round(seen["accuracy"], 3),
         "test_loss": round(seen["loss"], 5), "test_images": len(test),
@@ -633,14 +586,14 @@ def _finish(run: Run, test):
     if is_main():
         record["seal"] = seal_run(run.out, record)
         write_json(run.out / "run.json", record)
-        _drop_checkpoints(run.out, run.mirror)
+        _drop_checkpoints(run.out, run.backup)
     run.report({"event": "done", **record})
     return from_main(lambda: record)
 
 
-def _drop_checkpoints(out, mirror):
+def _drop_checkpoints(out, backup):
     "Once the result is safe; killed here, do it again"
     for file in out.glob(CHECKPOINTS):
         file.unlink()
-    if mirror:
-        mirror.update()
+    if backup:
+        backup.update()

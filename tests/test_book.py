@@ -379,7 +379,7 @@ def test_the_first_page_is_walked_by_keys(site, tab):
     names = [step["name"] for step in walk]
     assert [step["order"] for step in walk] == sorted(step["order"] for step in walk), names
     assert names[0] == "Skip to main content" and len(walk) > 30
-    places = [names.index(name) for name in ("Read", "Run in Colab", "Install", "Wake the network (1.2 MB)")]
+    places = [[name.split()[0] for name in names].index(word) for word in ("Read", "Run", "Install", "Wake")]
     assert places == sorted(places)
     tab.reload()
     for _ in range(places[-1] + 1):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from convmixer_edu.checkpoint import (CheckpointError, Mirror, collect, copy_checked, keyed_generator, latest,
+from convmixer_edu.checkpoint import (Backup, CheckpointError, collect, copy_checked, keyed_generator, latest,
                                       read_checkpoint, remove_partial, restore, run_files, save_step, write_atomically,
                                       write_checkpoint)
 
@@ -141,42 +141,42 @@ def test_a_folder_without_the_right_to_write(tmp_path):
 
 
 @pytest.fixture
-def mirrored(tmp_path):
-    """A run's folder and a mirror that holds the same."""
+def backed_up(tmp_path):
+    """A run's folder and a backup that holds the same."""
     run, drive = tmp_path / "run", tmp_path / "drive"
     run.mkdir()
     (run / "config.json").write_text('{"dim": 8}')
     (run / "notes.txt").write_text("not a file of the run")
-    mirror = Mirror(run, drive)
+    backup = Backup(run, drive)
     for step in (1, 2, 3):
         save_step(run, step, {"w": torch.full((4,), step)}, {"step": step})
-        assert mirror.update()
-    return run, drive, mirror
+        assert backup.update()
+    return run, drive, backup
 
 
 def listing(folder):
     return {file.name: file.read_bytes() for file in run_files(folder)}
 
 
-def test_a_mirror_holds_what_the_run_holds_and_gives_it_back(mirrored, tmp_path):
-    run, drive, mirror = mirrored
+def test_a_backup_holds_what_the_run_holds_and_gives_it_back(backed_up, tmp_path):
+    run, drive, backup = backed_up
     assert listing(drive) == listing(run) and not (drive / "notes.txt").exists()
     with patch("convmixer_edu.checkpoint.copy_checked") as copy:
-        assert mirror.update() and not copy.called  # nothing is sent twice
+        assert backup.update() and not copy.called  # nothing is sent twice
     (run / "metrics.jsonl").write_text("{}\n")
     (run / "run.json").write_text("{}")
     for file in run.glob("checkpoint-*"):
         file.unlink()
-    assert mirror.update() and listing(drive) == listing(run)
+    assert backup.update() and listing(drive) == listing(run)
     again = tmp_path / "deep" / "again"
     (drive / ".run.json.1.part").write_text("{")  # a kill in the middle of a copy
-    Mirror(again, drive, resume=True)
+    Backup(again, drive, resume=True)
     assert listing(again) == listing(run)
     assert not list(drive.glob(".*.part"))
 
 
-def test_a_fetch_that_broke_off_starts_over(mirrored, tmp_path):
-    _, drive, _ = mirrored
+def test_a_fetch_that_broke_off_starts_over(backed_up, tmp_path):
+    _, drive, _ = backed_up
     calls = []
 
     def breaks(source, target):
@@ -186,33 +186,33 @@ def test_a_fetch_that_broke_off_starts_over(mirrored, tmp_path):
         copy_checked(source, target)
 
     with patch("convmixer_edu.checkpoint.copy_checked", breaks), pytest.raises(CheckpointError):
-        Mirror(tmp_path / "new", drive, resume=True)
-    Mirror(tmp_path / "new", drive, resume=True)
+        Backup(tmp_path / "new", drive, resume=True)
+    Backup(tmp_path / "new", drive, resume=True)
     assert listing(tmp_path / "new") == listing(drive)
 
 
-def test_a_failing_mirror_warns_once_and_catches_up(mirrored):
-    run, drive, mirror = mirrored
+def test_a_failing_backup_warns_once_and_catches_up(backed_up):
+    run, drive, backup = backed_up
     save_step(run, 4, {"w": torch.full((4,), 4)}, {"step": 4})
     rotten = patch("convmixer_edu.checkpoint.write_atomically", lambda path, data: path.write_bytes(data[:-1]))
     with rotten, pytest.warns(UserWarning) as caught:
-        assert not mirror.update() and not mirror.update()
+        assert not backup.update() and not backup.update()
     assert len(caught) == 1 and "does not read back" in str(caught[0].message)
-    assert mirror.update() and listing(drive) == listing(run)
+    assert backup.update() and listing(drive) == listing(run)
 
 
-def test_a_mirror_of_another_run_is_not_written_over(mirrored, tmp_path):
-    run, drive, _ = mirrored
+def test_a_backup_of_another_run_is_not_written_over(backed_up, tmp_path):
+    run, drive, _ = backed_up
     before, other = listing(drive), tmp_path / "other"
     other.mkdir()
     with pytest.raises(CheckpointError, match="holds a run already"):
-        Mirror(other, drive)
+        Backup(other, drive)
     (other / "config.json").write_text('{"dim": 16}')
     with pytest.raises(CheckpointError, match="holds another run"):
-        Mirror(other, drive, resume=True)
+        Backup(other, drive, resume=True)
     for place in (tmp_path / "no" / "drive", run):
-        with pytest.raises(CheckpointError, match="cannot be a mirror"):
-            Mirror(run, place, resume=True)
+        with pytest.raises(CheckpointError, match="cannot be a backup"):
+            Backup(run, place, resume=True)
     assert listing(drive) == before
 
 
@@ -230,10 +230,10 @@ def test_only_the_last_two_stay_and_a_damaged_one_is_passed_over(tmp_path):
         latest(tmp_path)
 
 
-def saving(tell, folder, mirror, diary):
+def saving(tell, folder, backup, diary):
     """Save for ever, and note in a diary which step was begun and which is done."""
     found = latest(folder)
-    step, second = found[1]["step"] if found else 0, Mirror(folder, mirror)
+    step, second = found[1]["step"] if found else 0, Backup(folder, backup)
     with open(diary, "wb", buffering=0) as handle:
         while True:
             step += 1
@@ -246,12 +246,12 @@ def saving(tell, folder, mirror, diary):
 
 
 def test_100_kills_during_a_save_leave_a_checkpoint_that_loads(tmp_path):
-    folder, mirror, diary = tmp_path / "run", tmp_path / "mirror", tmp_path / "diary"
-    folder.mkdir(), mirror.mkdir()
+    folder, backup, diary = tmp_path / "run", tmp_path / "backup", tmp_path / "diary"
+    folder.mkdir(), backup.mkdir()
     delays = torch.rand(400, generator=keyed_generator(1)).tolist()
     inside = torn = 0
     while inside < 100:
-        process = forked.Process(saving, folder, mirror, diary)
+        process = forked.Process(saving, folder, backup, diary)
         next(iter(process))  # it is at work
         time.sleep(delays.pop() / 40)
         assert process.end(signal.SIGKILL)[1] == -signal.SIGKILL
@@ -260,7 +260,7 @@ def test_100_kills_during_a_save_leave_a_checkpoint_that_loads(tmp_path):
         torn += remove_partial(folder) > 0
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # nothing damaged has to be passed over
-            for place, at_least in ((folder, done), (mirror, 1)):
+            for place, at_least in ((folder, done), (backup, 1)):
                 tensors, meta = latest(place)
                 assert meta["step"] >= at_least and bool((tensors["w"] == meta["step"]).all())
         assert len(list(folder.iterdir())) <= 3

@@ -104,8 +104,9 @@ CRAFTED = {
     "weights gone": (lambda x, m: [x.pop(k) for k in [*x] if k.startswith("model")], "model.0"),
     "weight in half": (lambda x, m: x.update({"model.0.bias": x["model.0.bias"].half()}), "model.0.bias"),
     "weight as numbers": (lambda x, m: x.update({"model.0.bias": x["model.0.bias"].long()}), "int64"),
-    "loss gone": (lambda x, m: x.pop("loop.loss_sum"), "loss_sum"),
-    "losses": (lambda x, m: x.update({"loop.loss_sum": torch.zeros(4)}), "loss_sum"),
+    "loss gone": (lambda x, m: m.pop("loss_sum"), "loss_sum is missing"),
+    "losses": (lambda x, m: m.update(loss_sum=[0.0] * 4), "loss_sum is no such thing"),
+    "loss nan": (lambda x, m: m.update(loss_sum=float("nan")), "loss_sum is no such thing"),
     "empty": (lambda x, m: x.clear(), "nothing"),
     "step 10^12": (lambda x, m: m.update(step=10**12), "step 1000000000000 of 8"),
     "step -1": (lambda x, m: m.update(step=-1), "step -1"),
@@ -173,6 +174,7 @@ CONFIG = {  # of config.json: what is changed, and a word of the sentence
     "start": ({"config": {"start": 7}}, "start is 7"), "limit": ({"config": {"limit": {}}}, "limit"),
     "size": ({"config": {"image_size": 10**9}}, "image_size"), "unknown": ({"config": {"x": 1}}, "no setting 'x'"),
     "retired": ({"config": {"alternating": True}}, "alternating is True, which this version cannot do"),
+    "retired too": ({"config": {"probe": True}}, "probe is True, which this version cannot do"),
     "config": ({"config": []}, "config"), "classes": ({"classes": "cat"}, "classes"), "numbers": ({"classes": [1]}, "classes"),
     "no classes": ({"classes": []}, "classes"), "channels": ({"channels": "3"}, "channels"),
     "channels many": ({"channels": 10**6}, "do not go together"), "mean": ({"mean": [0.5, 0.5]}, "do not go together"),
@@ -293,31 +295,31 @@ def test_equal_weights_give_equal_bytes(finished, tmp_path):
 
 def test_the_newest_whole_checkpoint_of_both_folders_is_taken(finished, tmp_path):
     run, drive = tmp_path / "run", tmp_path / "drive"
-    stopped(run, mirror=drive)
+    stopped(run, backup=drive)
     for file in run.glob("checkpoint-*"):
         file.write_bytes(file.read_bytes()[:-9])
     steps = []
     with pytest.warns(UserWarning, match="trying an older one"):
-        go_on(run, mirror=drive, report=lambda event: steps.append(event.get("step")) and False)
+        go_on(run, backup=drive, report=lambda event: steps.append(event.get("step")) and False)
     assert steps[0] == 7 and equal(weights(run), weights(finished))
     assert {f.name: f.read_bytes() for f in run_files(run)} == {f.name: f.read_bytes() for f in run_files(drive)}
 
 
-def test_a_mirror_that_is_ahead_is_used_and_never_loses_what_is_newer(run, finished, tmp_path):
+def test_a_backup_that_is_ahead_is_used_and_never_loses_what_is_newer(run, finished, tmp_path):
     drive = Path(shutil.copytree(run, tmp_path / "drive"))
     for file in run.glob("checkpoint-*"):
         file.unlink()
     with pytest.raises(t.Stopped):
-        go_on(run, mirror=drive, report=until(7))
+        go_on(run, backup=drive, report=until(7))
     assert [f.name for f in run.glob("checkpoint-*")] == ["checkpoint-000000007.safetensors"]
     assert latest(drive)[1]["step"] == 7
     (run / "checkpoint-000000007.safetensors").unlink()
     with pytest.warns(UserWarning, match="begins again with its first step"), pytest.raises(t.Stopped):
         go_on(run, report=until(2))  # the drive is not there
     with pytest.raises(t.Stopped):
-        go_on(run, mirror=drive, report=until(8))
+        go_on(run, backup=drive, report=until(8))
     assert latest(drive)[1]["step"] == 8
-    go_on(run, mirror=drive)
+    go_on(run, backup=drive)
     assert equal(weights(run), weights(finished))
 
 

@@ -814,7 +814,7 @@ def test_folders_are_merged_by_the_command(swept, tmp_path):
 @pytest.mark.parametrize("line, words", [
     ("--table 5", "'5' is not one of '3', '4', 'all'"), ("--scale huge", "'huge' is not one of 'paper200'"),
     ("--budget soon", "--budget is 'soon', expected a time such as 90s"), ("--budget 0", "--budget is '0'"),
-    ("--merge nowhere", "'--merge': Directory 'nowhere' does not exist"), ("--seeds 0", "seeds"), ("--jobs 0", "jobs"),
+    ("--merge nowhere", "Invalid value for '--merge'"), ("--seeds 0", "seeds"), ("--jobs 0", "jobs"),
     ("--only tanh", "no arm 'tanh': expected some of baseline"), ("--device gpu", "device 'gpu' cannot be used here")])
 def test_wrong_words_of_a_sweep(line, words, tmp_path):
     fails(f"ablate --out new {line}", words)

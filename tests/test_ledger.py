@@ -138,7 +138,28 @@ def test_an_adopted_record_is_the_same_and_brings_nothing_else(finished, tmp_pat
     (folder / "run.json").write_text("{}")
     with pytest.raises(ValueError, match="was changed"):
         ledger.adopt(folder, tmp_path / "third")
-    assert not (tmp_path / "third/a").exists()
+    assert not [*(tmp_path / "third").iterdir()]  # nor half a copy aside
+
+
+@pytest.mark.parametrize("make", [lambda run, out: ledger.archive(run, "a", "c", weights=True, into=out),
+                                  lambda run, out: ledger.adopt(ledger.archive(run, "a", "c", into=out.parent), out)],
+                         ids=["archive", "adopt"])
+def test_a_copy_that_breaks_off_leaves_nothing_and_can_be_made_again(make, finished, tmp_path, monkeypatch):
+    real, out, full = ledger.write_atomically, tmp_path / "results" / "here", CheckpointError("no room")
+
+    def write(path, data):
+        if path.parts[-2:] == (".a.part", "metrics.jsonl") and out in path.parents:
+            raise full
+        real(path, data)
+
+    monkeypatch.setattr(ledger, "write_atomically", write)
+    with pytest.raises(CheckpointError, match="no room"):
+        make(finished, out)
+    assert not [*out.iterdir()]
+    monkeypatch.undo()
+    shutil.rmtree(out.parent / "a", ignore_errors=True)
+    make(finished, out)
+    assert ledger.read_record("a", out)
 
 
 def test_every_record_of_the_book_is_whole_and_says_what_it_was():

@@ -784,7 +784,7 @@ def test_recipe_of_a_start():
 def test_a_run_begins_with_the_weights_and_a_new_head(start, two_photos):
     config, first, model = start
     config = with_settings(config, {"lr": 1e-30, "weight_decay": 0.0, "epochs": 1})
-    record = train(config, two_photos, "run", device="cpu", first=first)
+    record = train(config, two_photos, "run", device="cpu", init_weights=first)
     trained, theirs = weights_of("run"), from_timm(model).state_dict()
     for key, tensor in theirs.items():
         if key.startswith("7."):
@@ -800,13 +800,13 @@ def test_a_run_begins_with_the_weights_and_a_new_head(start, two_photos):
 
 def test_it_learns_to_tell_two_photographs(start, two_photos):
     config, first, _ = start
-    record = train(with_settings(config, {"epochs": 12, "lr": 0.02}), two_photos, "run", device="cpu", first=first)
+    record = train(with_settings(config, {"epochs": 12, "lr": 0.02}), two_photos, "run", device="cpu", init_weights=first)
     assert record["test_accuracy"] >= 80
 
 
 def test_a_start_is_part_of_the_recipe(start, two_photos):
     config, first, _ = start
-    train(config, two_photos, "from", device="cpu", first=first)
+    train(config, two_photos, "from", device="cpu", init_weights=first)
     train(with_settings(config, {"start": ""}), two_photos, "random", device="cpu")
     assert not torch.equal(weights_of("from")["0.weight"], weights_of("random")["0.weight"])
     with pytest.raises(ValueError, match="start .convmixer_768_32 there"):
@@ -820,51 +820,51 @@ class Killed(Exception):
 @pytest.mark.parametrize("step", [1, 5])
 def test_killed_and_resumed_it_is_the_same_run_and_asks_for_no_weights(start, two_photos, step):
     config, first, _ = start
-    train(config, two_photos, "quiet", device="cpu", first=first)
+    train(config, two_photos, "quiet", device="cpu", init_weights=first)
 
     def die(event):
         if event["event"] == "step" and event["step"] == step:
             raise Killed
 
     with pytest.raises(Killed):
-        train(config, two_photos, "run", device="cpu", report=die, first=first)
+        train(config, two_photos, "run", device="cpu", report=die, init_weights=first)
 
     def never():
         raise AssertionError("the weights were asked for again")
 
-    train(config, two_photos, "run", resume=True, device="cpu", first=never)
+    train(config, two_photos, "run", resume=True, device="cpu", init_weights=never)
     quiet, run = weights_of("quiet"), weights_of("run")
     assert all(torch.equal(quiet[key], run[key]) for key in quiet)
-    assert train(config, two_photos, "run", resume=True, device="cpu", first=never)["steps"] == 8
+    assert train(config, two_photos, "run", resume=True, device="cpu", init_weights=never)["steps"] == 8
 
 
 def test_killed_before_the_first_checkpoint_it_needs_the_weights_again(start, two_photos, monkeypatch):
     from convmixer_edu import train as module
     config, first, _ = start
-    train(config, two_photos, "quiet", device="cpu", first=first)
+    train(config, two_photos, "quiet", device="cpu", init_weights=first)
     with monkeypatch.context() as patch:
         patch.setattr(module.Run, "save", lambda run: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
-            train(config, two_photos, "run", device="cpu", first=first)
+            train(config, two_photos, "run", device="cpu", init_weights=first)
     with pytest.raises(ValueError, match="start is 'convmixer_768_32', but no weights were given"):
         train(config, two_photos, "run", resume=True, device="cpu")
-    train(config, two_photos, "run", resume=True, device="cpu", first=first)
+    train(config, two_photos, "run", resume=True, device="cpu", init_weights=first)
     assert all(torch.equal(t, weights_of("run")[key]) for key, t in weights_of("quiet").items())
 
 
 @pytest.mark.parametrize("settings, words", [
-    ({"dim": 16}, "do not fit: 0.weight"), ({"depth": 1}, "do not fit: 4"), ({"patch_size": 3}, "do not fit: 0.weight")])
+    ({"dim": 16}, "do not fit: 0.bias"), ({"depth": 1}, "do not fit: 4"), ({"patch_size": 3}, "do not fit: 0.weight")])
 def test_a_recipe_that_does_not_fit_leaves_no_folder(start, two_photos, settings, words):
     config, first, _ = start
     with pytest.raises(ValueError, match=words):
-        train(with_settings(config, settings), two_photos, "run", device="cpu", first=first)
+        train(with_settings(config, settings), two_photos, "run", device="cpu", init_weights=first)
     assert not Path("run").exists()
 
 
 def test_weights_that_cannot_be_had_leave_no_folder(start, two_photos):
     config, _, _ = start
     with pytest.raises(CheckpointError, match="no file gone.pth"):
-        train(config, two_photos, "run", device="cpu", first=lambda: first_weights("convmixer_768_32", "gone.pth"))
+        train(config, two_photos, "run", device="cpu", init_weights=lambda: first_weights("convmixer_768_32", "gone.pth"))
     assert not Path("run").exists()
 
 

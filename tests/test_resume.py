@@ -24,7 +24,7 @@ STEPS = TINY.epochs * (350 // 64)
 
 def work(tell, out, resume, **settings):
     """Train, and tell of each event; `full_at` is a step after which the disk is full."""
-    full_at, mirror = settings.pop("full_at", None), settings.pop("mirror", None)
+    full_at, backup = settings.pop("full_at", None), settings.pop("backup", None)
 
     def report(event):
         tell(event.get("step", event["event"]))
@@ -33,7 +33,7 @@ def work(tell, out, resume, **settings):
 
     try:
         train(replace(TINY, **settings), "digits", out, resume=resume, device="cpu", report=report,
-              mirror=mirror)
+              backup=backup)
     except (TrainingError, ValueError) as error:
         tell(str(error))
 
@@ -145,8 +145,8 @@ def test_a_second_process_is_kept_out_of_a_run_until_the_first_is_gone(undisturb
     assert next(iter(process)) == 1
     process.pause()
     before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
-    for mirror in (None, tmp_path / "drive"):
-        rest, code = start(tmp_path / "run", True, mirror=mirror).end()
+    for backup in (None, tmp_path / "drive"):
+        rest, code = start(tmp_path / "run", True, backup=backup).end()
         assert code == 0 and len(rest) == 1, rest
         assert rest[0].startswith(f"{tmp_path / 'run'} is being trained by another process: wait for its end")
     assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
@@ -156,23 +156,23 @@ def test_a_second_process_is_kept_out_of_a_run_until_the_first_is_gone(undisturb
     assert code == 0 and rest[-1] == "done" and same(undisturbed, tmp_path / "run")
 
 
-def test_the_machine_is_gone_but_the_mirror_is_not(undisturbed, tmp_path):
+def test_the_machine_is_gone_but_the_backup_is_not(undisturbed, tmp_path):
     run, drive = tmp_path / "run", tmp_path / "drive"
     for step in (5, 12, 19):
-        kill_after(start(run, step > 5, mirror=drive), step, 0.01)
+        kill_after(start(run, step > 5, backup=drive), step, 0.01)
         shutil.rmtree(run)  # a new machine each time
-    rest, code = start(run, True, mirror=drive).end()
+    rest, code = start(run, True, backup=drive).end()
     assert code == 0 and 19 <= rest[0] and same(undisturbed, run) and same(undisturbed, drive)
 
 
-def test_a_mirror_that_goes_away_does_not_stop_the_run(undisturbed, tmp_path):
+def test_a_backup_that_goes_away_does_not_stop_the_run(undisturbed, tmp_path):
     run, drive = tmp_path / "run", tmp_path / "drive"
-    process = start(run, False, mirror=drive)
+    process = start(run, False, backup=drive)
     for told in process:
         if told != "epoch" and told >= 6:
             drive.rename(tmp_path / "unplugged")
             break
     rest, code = process.end()
     assert code == 0 and rest[-1] == "done" and same(undisturbed, run)
-    rest, code = start(run, True, mirror=tmp_path / "new drive").end()  # another one, afterwards
+    rest, code = start(run, True, backup=tmp_path / "new drive").end()  # another one, afterwards
     assert code == 0 and same(undisturbed, tmp_path / "new drive")

@@ -215,6 +215,19 @@ def test_a_probe_ends_in_time():
     assert first.images_per_second and all(c.reason == "not reached in 10 s" for c in rest)
 
 
+def test_a_probe_is_not_charged_for_finding_out_what_to_try():
+    """Which types are real is measured, too, and may take longer than the probe."""
+    clock = [0.0]
+
+    def settings(device):
+        clock[0] += 100
+        return [RunSettings()]
+
+    with patch.object(speed.time, "monotonic", lambda: clock[0]), patch.object(speed, "choices", settings), \
+            patch.object(speed, "_timed", lambda work, choice, device, best: replace(choice, images_per_second=1.0)):
+        assert speed.probe(TINY, CPU, seconds=10)[0].images_per_second
+
+
 def probing(speeds):
     """A probe that finds these speeds, and a list that counts how often it was asked."""
     asked = []

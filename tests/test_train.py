@@ -267,14 +267,24 @@ def test_workers_may_change_on_resume_and_change_nothing(tmp_path):
     assert t.train(recipe.with_settings(c, {"workers": 1}), "digits", tmp_path / "a", resume=True, device="cpu")
 
 
-def test_a_probed_setting_is_noted_used_and_kept(tmp_path):
+def test_how_to_run_is_chosen_once_noted_used_and_kept(tmp_path):
     found = t.RunSettings(channels_last=False, dtype="bfloat16", images_per_second=1.0)
-    c = recipe.with_settings(TINY, {"probe": True})
-    with patch.object(t, "choose", return_value=found) as asked:
-        record = interrupted(c, tmp_path / "run", 3)
-    assert asked.call_count == 1 and asked.call_args.args[0].batch_size == 64
-    assert json.loads((tmp_path / "run/config.json").read_text())["choice"] == dataclasses.asdict(found)
+    chosen = {"choice": dataclasses.asdict(found), "depthwise": "groups"}
+    with patch.object(t, "_choose", return_value=chosen) as asked:
+        record = interrupted(TINY, tmp_path / "run", 3)
+    assert asked.call_count == 1
+    assert json.loads((tmp_path / "run/config.json").read_text()).items() >= chosen.items()
     assert record["precision"] == "bfloat16"
+
+
+def test_on_a_gpu_the_whole_setting_is_measured_but_the_type_is_the_recipes():
+    found, data = t.RunSettings(True, True, dtype="bfloat16", depthwise="triton"), load_images("digits", "train", 100)
+    c = recipe.with_settings(TINY, {"depthwise": "auto", "precision": "float32"})
+    with patch.object(t, "choose", return_value=found) as asked:
+        how = t._choose(c, data, torch.device("cuda"))
+    work = asked.call_args.args[0]
+    assert (work.batch_size, work.in_chans, work.num_classes, work.depthwise) == (64, 1, 10, "auto")
+    assert how == {"choice": {**dataclasses.asdict(found), "dtype": "float32"}, "depthwise": "triton"}
 
 
 def test_runs_for_the_ledger_stop_in_time_and_go_on(tmp_path, capsys):

@@ -93,14 +93,13 @@ def colour_images(count):
 
 def stepper(data, device, c):
     """The trainer's own step, images as bytes to updated weights: a function of (indices, epoch, step)."""
-    how = _choose(c, data, device)
-    run = Run(c, data, device, {**make_facts(c, "", data), **how})
-    run.whole.train()
+    run = Run(c, data, device, {**make_facts(c, "", data), **_choose(c, data, device)})
+    run.ddp_model.train()
 
     def step(index, epoch=0, number=0):
         given, = run.given(epoch, [(number, index)])
         return run.update(given, 0.4)
-    step.setting, step.run = f"{run.choice}, weight gradient: {how['depthwise']}", run
+    step.setting, step.run = str(run.settings), run
     return step
 
 

@@ -34,7 +34,7 @@ def watch(tab):
 
 def visit(tab, address):
     """Open a page and wait until its formulas and letters are set, and what its scripts do by themselves is done."""
-    tab.goto(address)
+    tab.goto(address, timeout=300_000)  # a book in one file is a long page
     tab.evaluate("Promise.all([window.MathJax?.startup?.promise, document.fonts.ready]).then(() => true)")
     tab.wait_for_timeout(200)
 

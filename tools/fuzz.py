@@ -297,7 +297,7 @@ VALUES = st.one_of(LETTERS, NUMBERS.map(str), st.sampled_from(
      "/dev/null", "x" * 5000, "\n", "'", "%s", "{}", "run", "digits", "cpu", "cuda:99", "mps", "3", "all", "tiny"]))
 COMMANDS = {
     "info": "dim depth kernel-size patch-size num-classes in-chans image-size json",
-    "train": "out preset data resume finetune weights epochs seed device set mirror tensorboard json",
+    "train": "out preset data resume finetune weights epochs seed device set backup tensorboard json",
     "ablate": "out table scale seeds only budget jobs data device merge json",
     "evaluate": "data split pretrained weights device json",
     "predict": "pretrained top json",
