@@ -23,7 +23,8 @@ USED = {  # part of a script's or style's name -> what stands in a page that use
     "sphinx-design": r'class="[^"]*\bsd-', "design-tabs": r'class="sd-tab', "togglebutton": r'class="[^"]*\b(toggle|dropdown)\b',
     "clipboard": r'class="highlight', "copybutton": r'class="highlight', "live/live.js": r'class="live"',
     "mathjax": r'class="math', "MathJax": r'class="math', "live/sliders": r'class="live-(anatomy|knife|attention|poke)', "live/order": r'class="live-order',
-    "live/draws": r'class="live-draws', "live/exercise": r'class="exercise', "live/live.css": r'class="(live|exercise)',
+    "live/draws": r'class="live-draws', "live/kernels": r'class="live-kernels', "live/exercise": r'class="exercise',
+    "live/live.css": r'class="(live|exercise)',
 }
 RULE = r'((?:\.fa-[\w-]+:before,?)+)\{content:"\\(\w+)"\}'  # of Font Awesome's style sheet: names of an icon, its letter
 LOST = """<section><h1>There is no such page</h1>

@@ -9,6 +9,8 @@ import html
 import io
 import math
 import re
+import textwrap
+import zlib
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -54,26 +56,30 @@ def svg(
     """The figure as SVG text that takes its colours from the page
 
     No letter is smaller than 9 points. Raises `ValueError` without `alt`."""
+    return _drawn(fig, alt, {})
+
+
+def _drawn(fig, alt, known, look=""):
     if not alt or not alt.strip():
         raise ValueError("a figure needs alternative text: got none; say in "
                          "a sentence what the picture shows")
     out, alt = io.StringIO(), visible(" ".join(alt.split()))
     for text in fig.findobj(matplotlib.text.Text):
         text.set_fontsize(max(9, text.get_fontsize()))
-    with plt.rc_context({**STYLE, "svg.hashsalt": alt}):
+    with plt.rc_context({**STYLE, "svg.hashsalt": alt + look}):
         fig.savefig(out, format="svg", bbox_inches="tight",
                     metadata={"Date": None, "Creator": None})
     plt.close(fig)
     text = out.getvalue()
     inches = float(re.search(r'viewBox="0 0 ([\d.]+)', text)[1]) / 72
     width = 96 * max(inches, fig.get_size_inches()[0])
-    return _lighter(text[text.index("<svg"):]).replace(
+    return _lighter(text[text.index("<svg"):], alt, known).replace(
         "<svg", f'<svg role="img" aria-label="{html.escape(alt)}" '
         f'style="width:100%;max-width:{width:.0f}px;height:auto;'
-        'fill:currentColor;font-family:Inter,sans-serif"', 1)
+        f'fill:currentColor;font-family:Inter,sans-serif{look}"', 1)
 
 # %% ../nbs/C_weights.ipynb #a6e2e30e
-def _lighter(text):
+def _lighter(text, alt, known):
     "SVG without what a page does not need, its colours the page's"
     # One page holds many figures: ids that nothing asks for would repeat.
     used = set(re.findall(r'#([^")\s]+)', text))
@@ -87,7 +93,7 @@ def _lighter(text):
         words = re.sub(r' id="([^"]*)"',
                        lambda id: id[0] * (id[1] in used), words)
         if words.startswith("<image"):
-            return _small_picture(words)
+            return _once(_small_picture(words), alt, known)
         return re.sub(r"(\.\d\d)\d+", r"\1", words) \
             if words.startswith("<path") else words
 
@@ -110,16 +116,105 @@ def _small_picture(tag):
     return re.sub(r'(width="\d{3,}".*) style="image-rendering[^"]*"', r"\1",
                   tag, flags=re.S)
 
+# %% ../nbs/C_weights.ipynb #c0narr01
+NARROW = 3.1  # inches that a phone of 360 pixels has for a figure
+
+
+def _once(tag, alt, known):
+    "An <image>, or a reference to the same one in the figure's other form"
+    place = re.search(r' transform="[^"]*"', tag)
+    place, bare = (place[0], tag.replace(place[0], "")) if place else ("", tag)
+    if bare in known:
+        return f'<g{place}><use href="#{known[bare]}"/></g>'
+    known[bare] = f"i{zlib.crc32(alt.encode()):x}-{len(known)}"
+    bare = bare.replace("<image", f'<image id="{known[bare]}"', 1)
+    return f"<g{place}>{bare}</g>"
+
+
+def _wide(texts, size="width"):
+    "Inches that the longest of some texts takes"
+    return max([getattr(t.get_window_extent(), size) / t.figure.dpi
+                for t in texts if t.get_text()], default=0)
+
+# %% ../nbs/C_weights.ipynb #c0narr02
+def _narrow(fig):
+    "Lay a figure out again for a phone: True if every panel has its room"
+    panels = [ax for ax in fig.axes if ax.get_subplotspec()]
+    if len(panels) < 2 and not all(ax.axison for ax in fig.axes):
+        return False  # a drawing
+    fig.draw_without_rendering()  # words are measured as they were drawn last
+    cols = panels[0].get_gridspec().ncols
+    width, height = fig.get_size_inches()
+    if not any(ax.axison and len(ax.get_xticks()) for ax in panels):
+        for empty in [ax for ax in panels if not ax.has_data()]:
+            panels.remove(empty)
+            empty.remove()
+        titles = [ax.title for ax in panels]
+        named = _wide([ax.yaxis.label for ax in panels])
+        images = [len(i.get_array()) for ax in panels for i in ax.images]
+        need = max(_wide(titles) + 0.06, min(
+            width / cols, 0.6 if max(images, default=0) > 16 else 0.3))
+        cols = next((n for n in range(min(cols, len(panels)), 1, -1)
+                     if n * need <= NARROW - named - 0.1
+                     and not (named and cols % n)), 1)
+        rows = math.ceil(len(panels) / cols)
+        height = rows * ((NARROW - named) / cols + _wide(titles, "height"))
+    else:
+        height *= 0.85 * cols if cols > 1 else (
+            NARROW / width if panels[0].images else 1)
+        rows, cols = len(panels), 1
+    for place, ax in zip(fig.add_gridspec(rows, cols), panels):
+        ax.set_subplotspec(place)
+    for key in [*fig.legends]:
+        words = [t.get_text() for t in key.texts]
+        key.remove()
+        fig.legend(key.legend_handles, words, ncols=2, loc="outside upper left")
+        height += 0.1 * len(words)
+    fig.set_size_inches(NARROW, height)
+    room = cols > 1 or all([_fitted(ax, panels[0]) for ax in panels])
+    return room and fig.get_tightbbox().width < NARROW + 0.1
+
+# %% ../nbs/C_weights.ipynb #c0narr03
+def _fitted(ax, first):
+    "What stands around a narrow panel, in its place: True if room is left"
+    fig, wrap = ax.figure, textwrap.fill
+    if ax is not first and ax.get_shared_y_axes().joined(ax, first):
+        ax.set_ylabel(first.get_ylabel())
+        ax.tick_params(labelleft=True)
+    if _wide(ax.get_yticklabels()) > NARROW / 3:
+        ax.set_yticks(ax.get_yticks(), [
+            wrap(t.get_text(), 16) for t in ax.get_yticklabels()])
+    ax.title.set_text(wrap(ax.get_title(), 40))
+    ax.xaxis.label.set_text(wrap(ax.get_xlabel(), 36))
+    if key := ax.get_legend():
+        handles, words = ax.get_legend_handles_labels()
+        key.remove()
+        fig.legend(handles, words, loc="outside lower left")
+        fig.set_figheight(fig.get_figheight() + 0.2 * len(words))
+    fig.draw_without_rendering()
+    ticks = [t for t in ax.get_xticklabels() if t.get_text()]
+    spans = sorted(tuple(t.get_window_extent().intervalx) for t in ticks)
+    if any(a[1] + 3 > b[0] for a, b in zip(spans, spans[1:])):
+        plt.setp(ticks, rotation=90, ha="center")
+    fig.draw_without_rendering()
+    return ax.bbox.width / fig.dpi > 0.8
+
 # %% ../nbs/C_weights.ipynb #0f09618f
 def show(
     fig,  # a matplotlib figure; it is closed
     alt,  # alternative text: what the figure shows
+    narrow=None,  # what a phone shows instead, if laying out is not enough
 ):
     """The figure as an inline vector picture, legible in both themes
 
     Raises `ValueError` when the alternative text is empty."""
     from IPython.display import HTML
-    return HTML(f'<div class="figure">{svg(fig, alt)}</div>')
+    known = {}
+    text = _drawn(fig, alt, known)
+    if narrow or fig.get_size_inches()[0] > NARROW and _narrow(fig):
+        text += _drawn(narrow or fig, alt, known, ";display:none").replace(
+            "<svg", '<svg class="narrow"', 1)
+    return HTML(f'<div class="figure">{text}</div>')
 
 # %% ../nbs/C_weights.ipynb #472f9f41
 def image_grid(

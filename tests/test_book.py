@@ -206,7 +206,8 @@ def test_the_first_page_calls_each_page_by_its_title(built):
     assert len(cards) == len(CHAPTERS) - 1
 
 
-MARKS = {"mathjax": ".math", "live/exercise": "form.exercise", "live/order": ".live-order", "live/draws": ".live-draws", "sphinx-design": "[class*='sd-']",
+MARKS = {"mathjax": ".math", "live/exercise": "form.exercise", "live/order": ".live-order", "live/draws": ".live-draws",
+         "live/kernels": ".live-kernels", "sphinx-design": "[class*='sd-']",
          "live/sliders": ".live-anatomy, .live-knife, .live-attention, .live-poke", "live/live.js": ".live", "copybutton.js": ".highlight"}
 
 
@@ -328,6 +329,19 @@ def test_a_page_of_the_story_is_short_and_opens_with_a_picture(site, tab, page):
     visit(tab, f"{site}{page}.html")
     words, code, first = tab.evaluate(SHAPE)
     assert words <= 2500 and code < 0.21 and first < 800
+
+
+SCROLLS = """[...document.querySelectorAll("div.figure > svg")].filter(part => part.checkVisibility()).filter(part => {
+    let frame = part.parentElement
+    while (getComputedStyle(frame).overflowX === "visible") frame = frame.parentElement
+    return part.getBoundingClientRect().width > frame.clientWidth + 1 }).map(part => part.closest("figure").id)"""
+
+
+@pytest.mark.parametrize("page", STORY)
+def test_a_figure_of_the_story_fits_a_phone(site, tab, page):
+    tab.set_viewport_size({"width": 360, "height": 740})
+    visit(tab, f"{site}{page}.html")
+    assert not tab.evaluate(SCROLLS)
 
 
 @pytest.mark.parametrize("word", ["depthwise", "mixup", "claim"])  # of prose, and names of functions

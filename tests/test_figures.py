@@ -11,7 +11,7 @@ from conftest import ROOT
 from matplotlib.patches import Circle
 from PIL import Image
 
-from convmixer_edu.visualize import PALETTE, axes, image_grid, svg
+from convmixer_edu.visualize import PALETTE, axes, image_grid, show, svg
 
 STYLE = (ROOT / "assets" / "static" / "book.css").read_text("utf8")
 
@@ -56,6 +56,52 @@ def test_no_letter_is_smaller_than_nine_points():
 def pictures(text):
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
             for data in re.findall(r"data:image/\w+;base64,([^\"]+)", text)]
+
+
+def forms(fig, **options):
+    """Both forms of a figure: (width on a screen, the smallest letter there, both in pixels; its text)."""
+    found = []
+    for text in re.findall(r"<svg.*?</svg>", show(fig, "A figure", **options).data, re.S):
+        width = int(re.search(r"max-width:(\d+)px", text)[1])
+        scale = width / float(re.search(r'viewBox="0 0 ([\d.]+)', text)[1])
+        found.append((width, scale * min(map(float, re.findall(r"font-size: ([\d.]+)px", text)), default=99), text))
+    return found
+
+
+@pytest.mark.parametrize("titles, columns", [(None, 6), ([f"frog, {i} %" for i in range(12)], 3)])
+def test_pictures_stand_in_fewer_columns_on_a_phone(titles, columns):
+    """Letters stay large, rows stay together, no picture is stored twice, the narrow form waits for the style sheet."""
+    wide, narrow = forms(image_grid(torch.rand(12, 3, 8, 8), titles, cols=6, scale=1.15, row_titles=["a row", "another"]))
+    assert wide[0] > 600 and narrow[0] <= 320 and min(wide[1], narrow[1]) >= 11.9
+    assert narrow[2].startswith('<svg class="narrow"') and "display:none" in narrow[2] and "display:none" not in wide[2]
+    stored = re.findall(r'<image id="([^"]+)"', wide[2])
+    assert len(set(stored)) == 12 and re.findall(r'<use href="#([^"]+)"', narrow[2]) == stored and "data:" not in narrow[2]
+    left, top = ([float(at) for at in re.findall(rf'transform="matrix\({"[^ ]+ " * 4}{part}\)"><use', narrow[2])]
+                 for part in ("([^ ]+) [^ ]+", "[^ ]+ ([^ ]+)"))
+    assert len({round(x) for x in left}) == columns and len({round(y) for y in top}) == 12 // columns
+
+
+def test_panels_stand_below_each_other_on_a_phone():
+    fig, panels = axes(1, 3, width=7.4, height=2.5, sharey=True)
+    for ax in panels:
+        ax.plot(range(5), label="a line")
+        ax.set(xlabel="a long name of what is counted along the axis")
+    panels[0].set(ylabel="accuracy, %")
+    panels[1].legend()
+    wide, narrow = forms(fig)
+    assert narrow[0] <= 320 and narrow[1] >= 11.9
+    assert (wide[2].count("accuracy, %"), narrow[2].count(">accuracy, %")) == (1, 3)
+
+
+def test_what_is_narrow_has_one_form_and_a_drawing_brings_its_own():
+    assert len(forms(axes(width=3)[0])) == 1
+    drawing, ax = axes(width=7)
+    ax.set_axis_off()
+    ax.text(0, 0, "wide")
+    assert len(forms(drawing)) == 1
+    own, ax = axes(width=3)
+    ax.text(0, 0, "narrow")
+    assert "narrow</text>" in forms(drawing, narrow=own)[1][2]
 
 
 def test_a_small_picture_is_kept_as_it_is():

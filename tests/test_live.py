@@ -18,6 +18,7 @@ from record_browser import measure, served
 from torch import nn
 
 from convmixer_edu.anatomy import count_macs, count_parameters, receptive_field
+from convmixer_edu.augment import normalize
 from convmixer_edu.data import load_images
 from convmixer_edu.inference import load_run
 from convmixer_edu.ledger import pretrained_run
@@ -213,6 +214,71 @@ def test_it_takes_a_picture_of_ones_own(show, network, way):
     expect(tab.locator(".live-bars li")).to_have_count(3)
 
 
+def inked(tab, x, y):
+    """The colour of the middle of patch (x, y) of what the network was given."""
+    return tab.locator(".live-picture").evaluate("""(canvas, [x, y]) => { const pen = new OffscreenCanvas(1, 1).getContext("2d")
+        pen.drawImage(canvas, -x, -y); return [...pen.getImageData(0, 0, 1, 1).data] }""", [20*x + 10, 20*y + 10])[:3]
+
+
+def is_red(colour):
+    return colour[0] > 150 > 80 > colour[1]
+
+
+@by_both
+def test_it_answers_about_a_drawing(show, network, by):
+    """In a chosen colour, by mouse and by keys; each stroke that ends is asked about, a cleared sheet as well; arrows alone only move."""
+    tab = show(network, "live")
+    wake(tab)
+    status, white = tab.locator(".live-status"), [255, 255, 255]
+    press(tab.locator(".live-sketch summary"), by)
+    sheet = tab.get_by_label("sheet to draw on")
+    tab.get_by_label("red").check() if by == "mouse" else tab.get_by_label("white").press("ArrowRight")
+    expect(tab.get_by_label("red")).to_be_checked()
+    if by == "mouse":
+        sheet.scroll_into_view_if_needed()
+        box = sheet.bounding_box()
+        tab.mouse.move(box["x"] + 0.5*box["width"], box["y"] + 0.5*box["height"])
+        tab.mouse.down()
+        tab.mouse.move(box["x"] + 0.8*box["width"], box["y"] + 0.5*box["height"])
+        tab.mouse.up()
+    else:
+        sheet.press("Space")
+        for _ in range(4):
+            sheet.press("Shift+ArrowRight")
+    expect(status).to_have_text(re.compile("^your drawing:.*Live"))
+    answered(tab)
+    assert is_red(inked(tab, 10, 7)) and inked(tab, 3, 7) == white
+    expect(tab.locator(".live-sketch b")).to_have_text(re.search(": (.*? %)", status.text_content())[1])  # beside the sheet, too
+    press(tab.get_by_role("button", name="Clear"), by)
+    tab.wait_for_function(f"before => {PICTURE} !== before", arg=tab.evaluate(PICTURE)) if is_red(inked(tab, 10, 7)) else None
+    answered(tab)
+    assert inked(tab, 10, 7) == white
+    before = status.text_content()
+    sheet.press("ArrowUp")
+    sheet.press("ArrowUp")
+    assert status.text_content() == before and inked(tab, 10, 7) == white
+    expect(tab.locator(".live-own input")).to_have_value("")
+
+
+def test_a_finger_draws(browser, network):
+    """On a phone: the sheet takes the finger, the page does not scroll with it."""
+    with browser.new_page(viewport={"width": 360, "height": 740}, has_touch=True) as tab, served(document(network, "live")) as address:
+        tab.goto(address)
+        wake(tab)
+        tab.locator(".live-sketch summary").tap()
+        tab.get_by_label("red").check()
+        sheet = tab.get_by_label("sheet to draw on")
+        sheet.scroll_into_view_if_needed()
+        box, scrolled = sheet.bounding_box(), tab.evaluate("scrollY")
+        finger = tab.context.new_cdp_session(tab)
+        for kind, part in (("touchStart", 0.2), ("touchMove", 0.5), ("touchMove", 0.8), ("touchEnd", None)):
+            finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [] if part is None else [
+                {"x": box["x"] + 0.5*box["width"], "y": box["y"] + part*box["height"]}]})
+        expect(tab.locator(".live-status")).to_have_text(re.compile("^your drawing:.*Live"))
+        answered(tab)
+        assert is_red(inked(tab, 7, 6)) and tab.evaluate("scrollY") == scrolled
+
+
 @by_both
 @pytest.mark.parametrize("missing, said", [
     ("worker.js", "This browser did not start the network."), ("config.json", "config.json is not there (404)."),
@@ -362,6 +428,51 @@ def test_draws_of_augmentation_come_one_at_a_time(show, by):
     expect(tab.get_by_label("erasing")).to_be_focused()
 
 
+@by_both
+def test_a_kernel_answers_what_the_networks_layer_does(show, by):
+    """The recorded network's own kernels on a picture: PyTorch's numbers; sliders and a click choose; paper gets what stood there before."""
+    net, about = load_run(pretrained_run())
+    channels, numbers, layers = [[21, 1, 205], [7, 200, 255]], [], []
+    with torch.no_grad():
+        z = net[:3](normalize(sample_pictures()[0][:1], about.stats.mean, about.stats.std))
+        for block, chosen in zip((net[3], net[4]), channels, strict=True):
+            conv = block[0].fn[0]
+            numbers.append(torch.cat([conv.bias[chosen, None], conv.weight[chosen].flatten(1), z[0, chosen].flatten(1)], 1))
+            layers.append(conv(z)[0, chosen].flatten(1))
+            z = block(z)
+    k, side, expected, halves = about.config.kernel_size, z.shape[-1], torch.stack(layers), torch.stack(numbers).half()
+    shape, packed = {"k": k, "side": side, "channels": channels}, base64.b64encode(halves.numpy().tobytes()).decode()
+    tab = show(f"""<div class="live-kernels" data-shape='{json.dumps(shape)}' data-kernels="{packed}"><div class="live-fallback">as ever</div>
+        <img hidden src="{photograph(32)}" alt="a temple"></div>""", "kernels")
+    found = torch.tensor(tab.evaluate("""([text, shape]) => import('/live/kernels.js').then(m => m.unpack(text, shape).map(row =>
+        row.map(kernel => [...m.answers(kernel, shape)])))""", [packed, shape]))
+    same = [nn.functional.conv2d(own[:, 26:].view(1, 3, side, side), own[:, 1:26].view(3, 1, k, k), own[:, 0], padding="same", groups=3)
+            for own in halves.float()]
+    assert (found - torch.cat(same).flatten(2)).abs().max() < 1e-3
+    assert (found - expected).abs().max() < 1e-3 * expected.abs().max()  # half precision came between
+
+    def sentence(block, n):
+        answers, squares = found[block, n], halves[block, n, 1:26].float().view(k, k).square()
+        line = torch.arange(k) - (k - 1)/2
+        far = float((squares * (line[:, None]**2 + line**2)).sum() / squares.sum())**0.5
+        row, column = divmod(int(answers.abs().argmax()), side)
+        return (f"Channel {channels[block][n]}: the weights lie {far:.2f} positions from the kernel's middle. Its strongest response is "
+                f"{answers[row*side + column]:.1f}, in row {row + 1} from the top, column {column + 1} from the left.").replace(" -", " −")
+
+    said, before, sliders = tab.get_by_role("status"), tab.locator(".live-fallback"), tab.get_by_role("slider")
+    expect(said).to_have_text(sentence(0, 0))
+    expect(before).to_be_hidden()
+    for n, now in ((0, (1, 0)), (1, (1, 1))):
+        slide(sliders.nth(n), by, 1)
+        expect(said).to_have_text(sentence(*now))
+        expect(sliders.nth(n)).to_have_attribute("aria-valuetext", re.compile(": 2$"))
+    click_at(tab.locator(".live-pick"), 0.9, 0.2)
+    expect(said).to_have_text(sentence(0, 2))
+    tab.emulate_media(media="print")
+    expect(before).to_be_visible()
+    expect(tab.locator(".live-kernels > :visible")).to_have_count(1)
+
+
 TYPED = [("0,5", 1, 0.5), ("0,125", 1, 0.125), ("2,302585", 1, 2.302585), ("1,024", 1, 1024), ("153,600,000", 1, 153600000),
          ("1_000", 1, 1000), ("3/4", 1, 0.75), ("1e-3", 1, 0.001), ("3/0", 1, None), ("_", 1, None), ("1.2.3", 1, None),
          ("50 %", 0.5, 0.5), ("1.73 %", 1.732, 1.73), ("(1/4, 0.5)", [1, 1], [0.25, 0.5]), ("0,6; 0,8", [1, 1], [0.6, 0.8]),
@@ -402,9 +513,9 @@ def test_an_answer_is_chosen_where_few_are_known(show, by, right, wrong, listed)
 
 
 @pytest.mark.parametrize("body", [SLIDERS.replace("PHOTO", "data:,"), *(f'<figure class="live-{name}"><p class="live-fallback">as ever</p></figure>'
-                         for name in ("attention", "poke", "order", "draws")), '<form class="exercise"><p class="live-fallback">as ever</p></form>'])
+                         for name in ("attention", "poke", "order", "draws", "kernels")), '<form class="exercise"><p class="live-fallback">as ever</p></form>'])
 def test_without_a_script_what_stands_there_is_seen(browser, body):
-    with browser.new_page(java_script_enabled=False) as tab, served(document(body, "sliders", "order", "draws", "exercise")) as address:
+    with browser.new_page(java_script_enabled=False) as tab, served(document(body, "sliders", "order", "draws", "kernels", "exercise")) as address:
         tab.goto(address)
         assert all(part.is_visible() for part in tab.locator(".live-fallback").all())
         expect(tab.locator("button, input, canvas")).to_have_count(0)

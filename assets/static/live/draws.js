@@ -1,12 +1,7 @@
 // Augmentation one draw at a time: the picture as it is, beside what a part of the recipe made of it.
 // A <figure class="live-draws"> brings a sheet of draws, a row for each part, the picture itself in front; without a
 // script the sheet is what is seen.
-
-const make = (name, properties = {}, ...children) => {
-  const element = Object.assign(document.createElement(name), properties)
-  element.append(...children)
-  return element
-}
+import { make } from "./controls.js"
 
 function show(figure, number) {
   const rows = JSON.parse(figure.dataset.draws), sheet = figure.querySelector("img"), names = Object.keys(rows)

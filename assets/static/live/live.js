@@ -1,18 +1,12 @@
 // The network in the page. A <figure class="live"> holds stored answers; this turns them into something to play with,
 // once asked. Without JavaScript, or if anything fails, the answers stay.
+import { make } from "./controls.js"
 import { order, shuffled } from "./network.js"
+import { sketch } from "./sketch.js"
 
 const here = new URL(".", import.meta.url)
 const percent = part => part < 0.01 ? "under 1 %" : part > 0.99 ? "over 99 %" : `${Math.round(100 * part)} %`
 const OFFER = "Wake the network (1.2 MB)"
-
-/** An element with properties and children */
-function make(name, properties = {}, ...children) {
-  const { aria = {}, ...rest } = properties, element = Object.assign(document.createElement(name), rest)
-  for (const [key, value] of Object.entries(aria)) element.setAttribute(key, value)
-  element.append(...children)
-  return element
-}
 
 /** Any picture as the network gets it: its middle square, 32 x 32, as bytes (H, W, 4) */
 function bytes(picture, size) {
@@ -105,12 +99,14 @@ class Live {
     this.maps = make("div", { className: "live-maps" })
     this.slider = make("input", { type: "range", min: 0, max: shape.depth, value: shape.depth,
       oninput: () => this.draw(), aria: { "aria-label": "stage of the network" } })
+    this.echo = make("b", { aria: { "aria-hidden": "true" } }) // the answer near a drawing; the status is what is read out
     this.stageName = make("span") // an <output> would be read out beside the slider's own text
     this.panel = make("div", { className: "live-panel" },
       make("div", {}, this.canvas, make("label", { className: "live-switch" }, this.mix, " shuffle the patches")),
       make("div", {}, this.bars, make("label", { className: "live-stage" }, this.stageName, this.slider), this.maps))
     this.shell = make("div", {}, this.choices,
-      make("label", { className: "live-own" }, "or a picture of your own: choose, drop or paste ", this.file), this.panel)
+      make("label", { className: "live-own" }, "or a picture of your own: choose, drop or paste ", this.file),
+      sketch(this.echo, canvas => { this.file.value = ""; this.own(canvas, "your drawing") }), this.panel)
     this.figure.prepend(this.shell)
     if (document.activeElement === this.start) this.choices.querySelector("input").focus()
     this.stored.hidden = this.start.hidden = this.progress.hidden = true
@@ -125,13 +121,13 @@ class Live {
     this.ask()
   }
 
-  async own(file) {
+  async own(file, name = "your picture") {
     this.wanted = file
     try {
       const picture = await createImageBitmap(file)
       if (this.wanted !== file) return // another one was chosen meanwhile
       this.choices.querySelectorAll("input").forEach(radio => { radio.checked = false })
-      Object.assign(this, { name: "your picture", given: bytes(picture, this.shape.size), mine: true })
+      Object.assign(this, { name, given: bytes(picture, this.shape.size), mine: true })
       picture.close()
       this.ask()
     } catch {
@@ -175,6 +171,7 @@ class Live {
     const [chance, name] = best[0]
     const doubt = this.mine && chance < 0.5 ? " It knows ten words. This may be none of them." : ""
     this.status.textContent = `${this.name}: ${name}, ${percent(chance)}.${doubt} Live, ${Math.round(took)} ms.`
+    this.echo.textContent = `${name}, ${percent(chance)}`
     this.draw()
   }
 

@@ -87,7 +87,7 @@ function pointwise(x, { weight, bias }, places) {
 }
 
 /** k x k convolution of each channel by itself, zeros around */
-function depthwise(x, { weight, bias }, side, k) {
+export function depthwise(x, { weight, bias }, side, k) {
   const out = new Float32Array(x.length), wide = side + k - 1, before = (k - 1) >> 1
   const padded = new Float32Array(wide * wide)
   for (let c = 0; c < bias.length; c++) {

@@ -1,5 +1,6 @@
 // Put the changes in the order of what they cost, then compare: with the paper, and with our runs.
 // A <figure class="live-order"> brings the numbers along; without a script its table is there as ever.
+import { make } from "./controls.js"
 
 /** How many pairs of `names` stand in the order of falling `value`, and how many pairs there are; equal ones count as right */
 export function agreement(names, value) {
@@ -11,11 +12,6 @@ export function agreement(names, value) {
   return [right, all]
 }
 
-const make = (name, properties = {}, ...children) => {
-  const element = Object.assign(document.createElement(name), properties)
-  element.append(...children)
-  return element
-}
 const points = value => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(1)}`
 
 function show(figure) {

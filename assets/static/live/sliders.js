@@ -1,6 +1,7 @@
 // Figures with sliders: what h, d, k and p make of a network, a knife that cuts a photograph into patches, and who
 // looks at whom in one layer of attention, where a poked network moves.
 // Each stands in a <figure> that shows something without a script, too.
+import { build, point, range } from "./controls.js"
 
 const whole = number => Math.round(number).toLocaleString("en")
 
@@ -16,36 +17,6 @@ export function patches({ p, c = 3, s = 224 }) {
   const places = Math.floor(s / p) ** 2
   return { places, numbers: c * p * p, pairs: places * places }
 }
-
-function slider(name, text, options, value, changed) {
-  const label = document.createElement("label"), input = document.createElement("input"), shown = document.createElement("span") // not <output>: it would be read out beside the sentence
-  Object.assign(input, { type: "range", min: 0, max: options.length - 1, value: options.indexOf(value) })
-  const tell = () => {
-    shown.textContent = options[input.value]
-    input.setAttribute("aria-valuetext", `${text}: ${options[input.value]}`)
-  }
-  input.oninput = () => { tell(); changed(name, options[input.value]) }
-  label.append(Object.assign(document.createElement("b"), { textContent: name }), ` ${text} `, shown, input)
-  tell()
-  return label
-}
-
-/** Sliders above, a drawing and one sentence below; `draw(sizes)` returns the sentence */
-function build(figure, sizes, controls, draw, drawing) {
-  const panel = document.createElement("div"), told = document.createElement("p")
-  panel.className = "live-sliders"
-  told.setAttribute("role", "status")
-  const changed = (name, value) => {
-    sizes[name] = value
-    told.textContent = draw(sizes)
-  }
-  panel.append(...controls.map(([name, text, options]) => slider(name, text, options, sizes[name], changed)))
-  figure.prepend(panel, drawing, told)
-  figure.querySelector(".live-fallback").hidden = true
-  told.textContent = draw(sizes)
-}
-
-const range = (first, last, step = 1) => Array.from({ length: (last - first) / step + 1 }, (_, i) => first + i * step)
 
 function showAnatomy(figure) {
   const s = 224, drawing = document.createElementNS("http://www.w3.org/2000/svg", "svg")
@@ -118,20 +89,7 @@ function showAttention(figure) {
   const places = range(1, side)
   build(figure, { row: Math.ceil(side / 4), column: Math.ceil(side / 2) },
     [["row", "from the top", places], ["column", "from the left", places]], draw, drawing)
-  point(figure, drawing, side)
-}
-
-/** A click on a drawing of `side` tiles, or of two such beside each other, moves the first two sliders: row and column */
-function point(figure, drawing, side) {
-  drawing.onpointerdown = drawing.onpointermove = event => {
-    if (event.type === "pointermove" && (event.buttons !== 1 || event.pointerType !== "mouse")) return
-    const box = drawing.getBoundingClientRect(), x = (event.clientX - box.left) / box.width * drawing.width / drawing.height * side
-    const wanted = [(event.clientY - box.top) / box.height * side, x > side + 0.5 ? x - side - 1 : x]
-    for (const [n, input] of [...figure.querySelectorAll("input")].slice(0, 2).entries()) {
-      input.value = Math.min(side - 1, Math.max(0, Math.floor(wanted[n])))
-      input.oninput()
-    }
-  }
+  point(figure, drawing, side, x => x > side + 0.5 ? x - side - 1 : x) // the row beside the image, too
 }
 
 const gelu = x => x / 2 * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3)))
