@@ -177,7 +177,7 @@ def work(
 
 # %% ../nbs/W11_sweep.ipynb #300324d7
 _TIMES = {"seconds", "images_per_second", "peak_memory_mb"}  # never twice
-_PLACE = {"device", "kind", "threads", "processes", "python", "torch",
+_PLACE = {"date", "device", "kind", "threads", "processes", "python", "torch",
           "timm", "commit", "cuda_graph", "command", "name", "scale",
           "parts", "seal"}
 

@@ -6,6 +6,7 @@ __all__ = ['steps_per_epoch', 'picks', 'make_facts', 'Run', 'build_model', 'Trai
 
 # %% ../nbs/W6_train.ipynb #3d6adc54
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -577,7 +578,8 @@ def _finish(run: Run, test):
         "seconds": round(run.seconds, 2),
         "images_per_second": round(run.done * run.batch / run.seconds, 1),
         "peak_memory_mb": peak_memory_mb(run.device),
-        "steps": run.done, **run.machine, "parts": run.parts,
+        "steps": run.done, "date": datetime.date.today().isoformat(),
+        **run.machine, "parts": run.parts,
         "cuda_graph": bool(getattr(run.step, "graph", None)),
         "config": dataclasses.asdict(run.c),
         "train_fingerprint": run.data.fingerprint,
