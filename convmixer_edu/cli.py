@@ -289,8 +289,7 @@ def train_command(
     finetune: _option(Published | None, "Begin with these weights.") = None,
     weights: Weights = None,
     epochs: _option(int | None, "Passes over the training images.") = None,
-    seed: _option(int | None, "Decides every draw of chance.", min=0,
-                  max=2**63 - 1) = None,
+    seed: _option(int | None, "Decides every draw of chance.") = None,
     device: Device = None,
     pairs: _option(list[str] | None, "Change one setting of the recipe; may "
                    "be given again.", "--set", metavar="KEY=VALUE") = None,
