@@ -174,7 +174,7 @@ def brief(error) -> str:
 
 
 @contextmanager
-def _reading(file, what):
+def _reading(file, what, told=Exception):  # kinds with a good sentence
     "Only files, no pipes or devices; whatever is wrong becomes a sentence."
     try:
         if isinstance(file, (str, Path)) and os.path.exists(
@@ -183,10 +183,11 @@ def _reading(file, what):
         yield
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {file}") from None
-    except UnidentifiedImageError:  # it would name an object in memory
-        raise ValueError(f"{what}: its bytes are no picture") from None
     except Exception as error:  # each library has its own kinds
-        raise ValueError(f"{what}: {brief(error)}") from None
+        good = isinstance(error, told) and not isinstance(
+            error, UnidentifiedImageError)  # that names an object in memory
+        why = brief(error) if good else "its bytes are no picture"
+        raise ValueError(f"{what}: {why}") from None
 
 # %% ../nbs/W1_data.ipynb #961ffd7e
 def _to_rgb(image):
@@ -207,7 +208,8 @@ def open_image(file, name, upright=True):
     "A picture as Pillow's 8-bit RGB; raises as `read_image` does."
     Image.init()
     known = [kind for kind in _RASTER if kind in Image.OPEN]
-    with (_reading(file, f"{name} is not an image that can be read"),
+    with (_reading(file, f"{name} is not an image that can be read", (
+              OSError, Warning, Image.DecompressionBombError)),
           warnings.catch_warnings(action="error",
                                   category=Image.DecompressionBombWarning),
           Image.open(file, formats=known) as image):
