@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .data import is_own, private_folder, written_aside
+from .checkpoint import write_atomically
+from .data import is_own, private_folder
 from .depthwise import race
 from .distributed import (SyncedBatchNorm2d, all_sum, any_of,
                                        world)
@@ -80,8 +81,7 @@ def _compile(command, source, key):
                           f"{(errors or ['it says nothing'])[0]}")
         code = file.read_bytes()
     file = private_folder("kernels") / _name(key, code)
-    with written_aside(file) as aside:
-        aside.write_bytes(code)
+    write_atomically(file, code)
     return file
 
 # %% ../nbs/P2_units.ipynb #8cfb4e10
