@@ -4,7 +4,7 @@
 __all__ = ['DEFAULT_SOURCE', 'CIFAR10_MEAN', 'CIFAR10_STD', 'expect', 'ImageSet', 'stratified_index', 'check_count',
            'split_holdout', 'picture_suffixes', 'open_image', 'read_image', 'resolve_source', 'expand', 'source_kind',
            'pick_split', 'tell', 'list_files', 'open_source', 'source_state', 'is_own', 'make_private',
-           'private_folder', 'keep', 'kept', 'load_images', 'book_source']
+           'private_folder', 'write_cache', 'read_cache', 'load_images', 'book_source']
 
 # %% ../nbs/W1_data.ipynb #48d2db4f
 import hashlib
@@ -606,7 +606,7 @@ def _temporary():
     return tempfile.TemporaryDirectory(prefix="convmixer-")
 
 # %% ../nbs/W1_data.ipynb #5ffa3358
-def keep(file: Path, tensors: dict[str, Tensor], meta: dict) -> None:
+def write_cache(file: Path, tensors: dict[str, Tensor], meta: dict) -> None:
     "Write to the cache; a disk that is full is a warning and no more."
     try:
         write_checkpoint(file, tensors, meta)
@@ -615,8 +615,10 @@ def keep(file: Path, tensors: dict[str, Tensor], meta: dict) -> None:
                       stacklevel=3)
 
 
-def kept(file: Path) -> tuple[dict[str, Tensor], dict]:  # (tensors, meta)
-    "What `keep` wrote; two empty dicts if that is not there or not sound."
+def read_cache(
+    file: Path,  # which `write_cache` wrote
+) -> tuple[dict[str, Tensor], dict]:  # (tensors, meta)
+    "Tensors and meta; two empty dicts if the file is not there or not sound."
     try:
         if file.exists():
             expect(is_own(file), f"another user put {file} there", "you")
@@ -652,7 +654,7 @@ def load_images(
         files, file = list_files(source, split), _cache_file(
             source, split, size)
         state = source_state(source, files)
-        tensors, meta = kept(file)
+        tensors, meta = read_cache(file)
         if meta.get("state") == state:
             data = ImageSet(**tensors, classes=tuple(meta["classes"]))
         else:  # none, or the source has changed since
@@ -661,8 +663,9 @@ def load_images(
                    f"{', '.join(pictures.classes)}", "at least two")
             data = _decode(pictures, limit, size)
             if limit is None:
-                keep(file, {"images": data.images, "labels": data.labels},
-                     {"state": state, "classes": data.classes})
+                write_cache(
+                    file, {"images": data.images, "labels": data.labels},
+                    {"state": state, "classes": data.classes})
     if limit is None or limit >= len(data):
         return data
     return data.subset(stratified_index(data.labels, limit))

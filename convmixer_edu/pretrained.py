@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from .checkpoint import (CheckpointError, brief, check_tensors,
                                       ensure)
-from .data import (expand, expect, keep, kept, list_files,
-                                open_image, open_source, private_folder,
-                                source_kind, source_state, tell)
+from .data import (expand, expect, list_files, open_image,
+                                open_source, private_folder, read_cache,
+                                source_kind, source_state, tell, write_cache)
 from .machine import choose_device
 from .model import variant
 from .recipe import Config
@@ -338,7 +338,7 @@ class Tally:
     "What is known so far about a network's answers, also in a file"
 
     def __init__(self, file: Path | None = None):
-        found = kept(file)[0] if file else {}  # of an earlier, killed call
+        found = read_cache(file)[0] if file else {}  # of an earlier, killed call
         self.file = file
         self.rows = found.get("rows", torch.zeros(0, 4, dtype=torch.float64))
 
@@ -353,7 +353,7 @@ class Tally:
     def keep(self) -> None:
         "Write it down; a full disk is no reason to stop"
         if self.file:
-            keep(self.file, {"rows": self.rows}, {})
+            write_cache(self.file, {"rows": self.rows}, {})
 
     def summary(self) -> dict:
         "Accuracies in per cent, mean loss, [true, answered, how often]"

@@ -308,7 +308,7 @@ from convmixer_edu import data
 images = torch.full((60, 3, 64, 64), int(sys.argv[1]), dtype=torch.uint8)
 print("ready", flush=True)
 while True:
-    data.keep(data.private_folder() / "x.safetensors", {"images": images}, {})
+    data.write_cache(data.private_folder() / "x.safetensors", {"images": images}, {})
 """
 
 
@@ -319,7 +319,7 @@ def test_a_writer_that_is_killed_leaves_the_old_or_the_new_file(recwarn):
         time.sleep(0.02 * turn)
         writer.kill()
         writer.wait()
-        tensors, _ = data.kept(Path("cache/x.safetensors"))
+        tensors, _ = data.read_cache(Path("cache/x.safetensors"))
         assert not tensors or len(tensors["images"].unique()) == 1
     assert tensors and not [w for w in recwarn.list if w.category is UserWarning]
 
@@ -375,7 +375,7 @@ def test_no_message_shows_a_temporary_name(call, tmp_path, monkeypatch):
             write()
         messages.append(str(told.value))
     with pytest.warns(UserWarning, match="x.safetensors could not be written .No space left on device") as heard:
-        data.keep(tmp_path / "x.safetensors", {"a": torch.ones(3)}, {})
+        data.write_cache(tmp_path / "x.safetensors", {"a": torch.ones(3)}, {})
     with pytest.raises(CheckpointError) as told, written_aside(tmp_path / "x") as aside:
         aside.write_bytes(b"1")
     messages += [str(heard[0].message), str(told.value)]
@@ -403,7 +403,7 @@ def test_a_cache_file_that_another_user_put_there_is_not_believed(tmp_path):
     file = data._cache_file(folder, "train", None)
     file.parent.chmod(0o777)
     poison = {"images": torch.full((6, 3, 8, 8), 66, dtype=torch.uint8), "labels": torch.tensor([1, 1, 1, 0, 0, 0])}
-    data.keep(file, poison, {"state": data.source_state(folder, data.list_files(folder, "train")), "classes": ["cat", "dog"]})
+    data.write_cache(file, poison, {"state": data.source_state(folder, data.list_files(folder, "train")), "classes": ["cat", "dog"]})
     assert load_images(folder).images.unique().tolist() == [66]  # while it is ours
     os.chown(file, SOMEBODY, SOMEBODY)
     with pytest.warns(UserWarning, match="another user put .* there"):
