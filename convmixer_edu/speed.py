@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .anatomy import count_macs, count_parameters
-from .data import brief
+from .checkpoint import brief
 from .depthwise import (can_use, fast_depthwise,
                                      keep_compiled_code_private, time_call)
 from .machine import (autocast, dtype_name, layout,

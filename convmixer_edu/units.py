@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .data import is_own, private_folder, written_aside
+from .checkpoint import write_atomically
+from .data import is_own, private_folder
 from .depthwise import race
 from .distributed import (SyncedBatchNorm2d, all_sum, any_of,
                                        world)
@@ -66,8 +67,7 @@ def build(
                           f"{(errors or ['it says nothing'])[0]}")
         code = made.read_bytes()
     file = folder / f"{key}-{_digest(code)}.so"
-    with written_aside(file) as aside:
-        aside.write_bytes(code)
+    write_atomically(file, code)
     return ctypes.CDLL(str(file))
 
 
