@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_SOURCE', 'CIFAR10_MEAN', 'CIFAR10_STD', 'expect', 'ImageSet', 'stratified_index', 'check_count',
-           'split_holdout', 'picture_suffixes', 'brief', 'open_image', 'read_image', 'resolve_source', 'expand',
-           'source_kind', 'pick_split', 'tell', 'list_files', 'open_source', 'source_state', 'is_own', 'cache_folder',
-           'make_private', 'private_folder', 'written_aside', 'load_images', 'book_source']
+           'split_holdout', 'picture_suffixes', 'open_image', 'read_image', 'resolve_source', 'expand', 'source_kind',
+           'pick_split', 'tell', 'list_files', 'open_source', 'source_state', 'is_own', 'make_private',
+           'private_folder', 'write_cache', 'read_cache', 'load_images', 'book_source']
 
 # %% ../nbs/W1_data.ipynb #48d2db4f
 import hashlib
@@ -12,10 +12,8 @@ import json
 import math
 import os
 import re
-import secrets
 import sys
 import tempfile
-import time
 import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub import errors as hub
@@ -32,10 +31,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pyarrow.parquet import ParquetFile
 from rich.console import Console
 from rich.progress import track
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .checkpoint import brief, read_checkpoint, write_checkpoint
 from .escape import visible
 
 # %% ../nbs/W1_data.ipynb #exp00001
@@ -165,12 +163,6 @@ def picture_suffixes() -> set[str]:
     "What the names of picture files end in: .png, .jpg and the like."
     return {suffix for suffix, kind in Image.registered_extensions().items()
             if kind in _RASTER}
-
-
-def brief(error) -> str:
-    "Why, in few words: the system's, or another library's first sentence."
-    told = getattr(error, "strerror", None) or str(error).strip()
-    return (told or type(error).__name__).split("\n")[0].split(". ")[0]
 
 
 @contextmanager
@@ -343,11 +335,10 @@ def list_files(
     if source_kind(source) == "hub":
         return {}
     folder = expand(source)
-    parts = {p.name: p for p in _visible(folder)
-             if p.is_dir() and p.name in ("train", *_TESTS)}
-    inside = {name: {p.name for p in _visible(part) if p.is_dir()}
-              for name, part in parts.items()}
-    tables = {} if any(inside.values()) else _by_split(
+    parts = {part.name: {p.name for p in _visible(part) if p.is_dir()}
+             for part in _visible(folder)
+             if part.is_dir() and part.name in ("train", *_TESTS)}
+    tables = {} if any(parts.values()) else _by_split(
         file for depth in ("", "*/", "*/*/")
         for file in sorted(folder.glob(f"{depth}*.parquet")))
     if tables:
@@ -358,8 +349,9 @@ def list_files(
            f"{'lacks one of them' if _visible(folder) else 'is empty'}",
            "parquet files, or the folders train and test (or val) with a "
            "folder of images for each class in both")
-    files = _class_files(pick_split(parts, split, folder))
-    differ = set().union(*inside.values()) - set.intersection(*inside.values())
+    files = _class_files(pick_split({p: folder / p for p in parts}, split,
+                                    folder))
+    differ = set().union(*parts.values()) - set.intersection(*parts.values())
     expect(alone or not differ, f"the classes of {' and '.join(parts)} "
            f"differ in {folder}: {', '.join(sorted(differ))}",
            "the same folders in all of them")
@@ -399,21 +391,23 @@ class _Table:
     "Pictures in parquet files; item i is (what to call it, its file)."
 
     def __init__(self, files, source, every):
-        self.source, self.rows, self.piece, values = source, [], None, []
+        self.source, self.rows, self.piece = source, [], None
         with _parquet(files[0]) as table:
-            schema = table.schema_arrow
-        self.picture, label, names = _columns(schema, source)
-        for file, group, found in _values(files, label):
-            self.rows += [(file, group, i) for i in range(len(found))]
-            values += found
+            schema, values = table.schema_arrow, {}
+        self.picture, label, kind, names = _columns(schema, source)
+        for file in every if names is None else files:
+            with _parquet(file) as table:
+                groups = [table.read_row_group(group, [label])[label].cast(
+                    kind).to_pylist() for group in range(table.num_row_groups)]
+            values[file] = sum(groups, [])
+            self.rows += [(file, group, i) for group, found in enumerate(
+                groups) for i in range(len(found)) if file in files]
+        self.labels = [v for file in files for v in values[file]]
         if names is None:  # a plain column: its values are the classes
-            seen = {v for *_, found in _values(every, label) for v in found}
-            names = sorted((v for v in seen if isinstance(v, str)
-                            or v is not None and v >= 0),
-                           key=lambda v: (isinstance(v, str), v))
+            names = sorted(v for v in set().union(*values.values()) - {None}
+                           if isinstance(v, str) or v >= 0)
             number = {value: i for i, value in enumerate(names)}
-            values = [number.get(v) for v in values]
-        self.labels = [-1 if v is None else v for v in values]
+            self.labels = [number.get(v) for v in self.labels]
         self.classes = tuple(map(str, names))
 
     def __len__(self):
@@ -433,21 +427,6 @@ class _Table:
                "the encoded picture itself in the table")
         return name, BytesIO(content)
 
-# %% ../nbs/W1_data.ipynb #3e530f36
-def _values(files, column):
-    "(file, piece, the column's values there)."
-    for file in files:
-        with _parquet(file) as table:
-            for group in range(table.num_row_groups):
-                found = table.read_row_group(group, [column])
-                expect(found.num_columns, f"{file} has no column {column}",
-                       "that of the first file")
-                values = found[column].to_pylist()
-                expect(all(v is None or isinstance(v, (int, str))
-                           for v in values), f"its column {column} is of "
-                       "another kind", "that of the first file")
-                yield file, group, values
-
 # %% ../nbs/W1_data.ipynb #e670cfce
 _COLUMNS = {  # the note's word for it, its usual names, the types that fit
     "picture": ("Image", ("image", "img"),
@@ -457,7 +436,7 @@ _COLUMNS = {  # the note's word for it, its usual names, the types that fit
 
 
 def _columns(schema, source):
-    "The picture column, the label column and the class names, if noted."
+    "Picture column, label column, its type, the class names if noted."
     noted, chosen = {}, []
     with suppress(KeyError, TypeError, ValueError, AttributeError):
         note = json.loads((schema.metadata or {})[b"huggingface"])
@@ -476,10 +455,11 @@ def _columns(schema, source):
         if rest:
             tell(f"{source}: {what}s are taken from column {first}, "
                  f"not from {', '.join(rest)}")
+    kind = schema.types[schema.names.index(first)]
+    whole = pa.types.is_integer(getattr(kind, "value_type", kind))
     names = noted.get(first, {}).get("names")
-    kind = str(schema.types[schema.names.index(first)])
-    given = isinstance(names, list) and re.match("u?int", kind)
-    return *chosen, names if given else None
+    return (*chosen, pa.int64() if whole else pa.string(),
+            names if whole and isinstance(names, list) else None)
 
 # %% ../nbs/W1_data.ipynb #bd47ba8e
 @cache
@@ -508,14 +488,12 @@ def _from_hub(source, split):
             revision=_REVISIONS.get(source, _REVISION),
             allow_patterns=[escape(name.as_posix()) for name in wanted],
             local_files_only=names is None))
-    except hub.LocalEntryNotFoundError:
-        raise FileNotFoundError(
-            f"{source} is no folder here and the Hugging Face Hub cannot be "
-            "reached: set CONVMIXER_DATA to a folder with the data, or to "
-            "digits") from None
     except Exception as error:  # of the network, the disk, the Hub
-        raise ValueError(f"{source} cannot be loaded from the Hugging Face "
-                         f"Hub: {brief(error)}") from None
+        why = "be reached" if names is None else f"give it ({brief(error)})"
+        raise FileNotFoundError(
+            f"{source} is no folder here and the Hugging Face Hub cannot "
+            f"{why}: set CONVMIXER_DATA to a folder with the data, or to "
+            "digits") from None
     files = pick_split(_by_split(sorted(folder.rglob("*.parquet"))), split,
                        source)
     told = {int(n) for n in re.findall(r"-of-(\d+)\.parquet", repr(files))}
@@ -530,20 +508,29 @@ def open_source(
     split: str,
     files: dict,  # as `list_files` finds them
 ):  # with `labels`, `classes`, a length and items (name, file)
-    "The pictures of a split, none of them decoded yet."
+    """The pictures of a split, none of them decoded yet.
+
+    Raises ValueError where there are none, or one has no label."""
     if files and None not in files:
-        return _Files(files)
-    files = files or {None: _from_hub(source, split)}
-    return _Table(files[None], source, sum(files.values(), []))
+        found = _Files(files)
+    else:
+        files = files or {None: _from_hub(source, split)}
+        found = _Table(files[None], source, [*dict.fromkeys(
+            sum(files.values(), []))])
+    expect(len(found), f"split {split!r} of {source} has no images", "some")
+    found.labels = torch.tensor([-1 if v is None else v for v in found.labels])
+    _check_labels(found.labels, len(found), len(found.classes))
+    return found
 
 # %% ../nbs/W1_data.ipynb #b02ea67a
-def _decode(pictures, index, size):
-    "The pictures at `index`, in one uint8 tensor (N, 3, H, W)."
+def _decode(pictures, limit, size):
+    "All pictures, or a stratified `limit` of them, in one ImageSet."
+    n, images = len(pictures), None
+    index = stratified_index(pictures.labels, min(limit or n, n))
     watched = sys.stderr.isatty() or "google.colab" in sys.modules
-    images, quiet = None, len(index) < 5000 or not watched  # soon done
     for slot, i in enumerate(track(
             index.tolist(), "decoding", console=Console(stderr=True),
-            transient=True, disable=quiet)):
+            transient=True, disable=len(index) < 5000 or not watched)):
         name, file = pictures[i]
         picture = read_image(file, size, name=name)
         if images is None:
@@ -553,21 +540,7 @@ def _decode(pictures, index, size):
         expect((h, w) == (h0, w0), f"{name} is {w}x{h} where the first image "
                f"is {w0}x{h0}", "one size: give size=")
         images[slot] = picture
-    return images
-
-# %% ../nbs/W1_data.ipynb #10caaede
-def _read_source(source, split, files, size, limit):
-    "Decode a split, or a stratified `limit` of it."
-    pictures = open_source(source, split, files)
-    classes, n = pictures.classes, len(pictures)
-    with _reading(None, f"{source} has labels that are no numbers of classes"):
-        labels = torch.tensor(pictures.labels, dtype=torch.int64)
-    expect(n, f"split {split!r} of {source} has no images", "some")
-    expect(len(classes) > 1, f"{source} has only the class "
-           f"{', '.join(classes)}", "at least two")
-    _check_labels(labels, n, len(classes))
-    index = stratified_index(labels, min(limit or n, n))
-    return ImageSet(_decode(pictures, index, size), labels[index], classes)
+    return ImageSet(images, pictures.labels[index], pictures.classes)
 
 # %% ../nbs/W1_data.ipynb #0540d17e
 def source_state(source: str, files: dict) -> str:
@@ -582,12 +555,11 @@ def source_state(source: str, files: dict) -> str:
 
 def _cache_file(source, split, size):
     "Where the decoded split is kept."
-    folder = cache_folder()
     if source_kind(source) == "folder":
         source = str(expand(source).resolve())
-    key = hashlib.sha256(repr((source, split, size)).encode()).hexdigest()
+    key = hashlib.sha256(repr((2, source, split, size)).encode()).hexdigest()
     slug = re.sub(r"[^\w.-]+", "-", source)[-40:].strip("-")
-    return folder and folder / f"{slug}-{split}-{key[:12]}.safetensors"
+    return private_folder() / f"{slug}-{split}-{key[:12]}.safetensors"
 
 # %% ../nbs/W1_data.ipynb #own00001
 def is_own(path) -> bool:
@@ -598,19 +570,6 @@ def is_own(path) -> bool:
         return True
 
 
-def cache_folder() -> Path | None:
-    """Where decoded images and the like are kept.
-
-    $CONVMIXER_CACHE, or ~/.cache/convmixer_edu; None without a home, and
-    where the folder is another user's, which is said once."""
-    folder = expand(os.environ.get("CONVMIXER_CACHE")
-                    or "~/.cache/convmixer_edu")
-    if is_own(folder):
-        return None if folder.parts[:1] == ("~",) else folder
-    tell(f"{folder} belongs to another user, so nothing is kept there: "
-         "set CONVMIXER_CACHE to a folder of your own")
-
-
 def make_private(folder: Path) -> Path:
     "Make a folder, if need be, that only this user can write to."
     folder.mkdir(0o700, parents=True, exist_ok=True)
@@ -619,12 +578,26 @@ def make_private(folder: Path) -> Path:
     return folder
 
 
-def private_folder(name: str) -> Path:
-    "`name` below the cache; without one, a folder that goes with the process."
-    folder = cache_folder()
-    with suppress(OSError):
-        if folder is not None and is_own(folder / name):
-            return make_private(make_private(folder).resolve() / name)
+def private_folder(
+    name: str = "",  # of a folder in the cache; none: the cache itself
+) -> Path:
+    """A folder of this user's for what is kept from one process to the next.
+
+    In $CONVMIXER_CACHE, or in ~/.cache/convmixer_edu. Without a home, and
+    where the folder cannot be used, which is said once, it is one that goes
+    with the process."""
+    folder = expand(os.environ.get("CONVMIXER_CACHE")
+                    or "~/.cache/convmixer_edu")
+    if folder.parts[:1] != ("~",):  # there is a home
+        try:
+            for folder in (folder, folder / name):
+                if not is_own(folder):
+                    raise OSError("it belongs to another user")
+                make_private(folder)
+            return folder.resolve()
+        except OSError as error:
+            tell(f"nothing is kept in {folder} ({brief(error)}): set "
+                 "CONVMIXER_CACHE to a folder of your own")
     return Path(_temporary().name)
 
 
@@ -632,69 +605,27 @@ def private_folder(name: str) -> Path:
 def _temporary():
     return tempfile.TemporaryDirectory(prefix="convmixer-")
 
-# %% ../nbs/W1_data.ipynb #e0781d52
-@contextmanager
-def written_aside(
-    file: Path,  # its folder is there
-):  # yields the path of a new, empty file in the same folder
-    """What the block writes there takes the place of `file`, whole.
-
-    If the block fails, nothing changes. What is raised names `file`.
-    """
-    for orphan in file.parent.glob(".convmixer-*.part"):
-        with suppress(OSError):  # of a writer that was killed, a day ago
-            if time.time() - orphan.stat().st_mtime > 86400:
-                orphan.unlink()
-    aside = file.with_name(f".convmixer-{secrets.token_hex(8)}.part")
-    try:
-        aside.touch(exist_ok=False)
-        yield aside
-        with open(aside, "rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(aside, file)
-    except BaseException as error:
-        with suppress(OSError):
-            aside.unlink()
-        if aside.name in str(getattr(error, "filename", "")):
-            error.filename, error.filename2 = str(file), None
-        raise
-
 # %% ../nbs/W1_data.ipynb #5ffa3358
-def _write_cache(file, data, state):
-    "Keep a decoded split, if there is a place for it."
-    note = {"fingerprint": data.fingerprint, "state": state,
-            "classes": json.dumps(data.classes)}
+def write_cache(file: Path, tensors: dict[str, Tensor], meta: dict) -> None:
+    "Write to the cache; a disk that is full is a warning and no more."
     try:
-        make_private(file.parent)
-        with written_aside(file) as aside:
-            save_file({"images": data.images, "labels": data.labels}, aside,
-                      metadata=note)
-    except (OSError, SafetensorError) as error:  # a disk that is full
-        warnings.warn(f"the decoded images could not be kept in "
-                      f"{file.parent} and will be decoded again next time: "
-                      f"{brief(error)}", stacklevel=3)
-
-
-def _read_cache(file, state):
-    "The kept split; None if there is none, it is stale, or it is damaged."
-    if not file.exists():
-        return None
-    try:
-        expect(is_own(file), "another user put it there", "you")
-        with safe_open(file, framework="pt") as kept:
-            note = kept.metadata()
-            if note["state"] != state:
-                return None  # the source has changed since
-            data = ImageSet(kept.get_tensor("images"),
-                            kept.get_tensor("labels"),
-                            tuple(json.loads(note["classes"])))
-        expect(data.fingerprint == note["fingerprint"],
-               "its checksum does not match", "equal ones")
-        return data
-    except Exception as error:  # safetensors, json and ours alike
-        warnings.warn(f"the cache {file} is damaged or not yours "
-                      f"({brief(error)}), so the images are decoded again",
+        write_checkpoint(file, tensors, meta)
+    except ValueError as error:
+        warnings.warn(f"this will be computed again next time: {error}",
                       stacklevel=3)
+
+
+def read_cache(
+    file: Path,  # which `write_cache` wrote
+) -> tuple[dict[str, Tensor], dict]:  # (tensors, meta)
+    "Tensors and meta; two empty dicts if the file is not there or not sound."
+    try:
+        if file.exists():
+            expect(is_own(file), f"another user put {file} there", "you")
+            return read_checkpoint(file)
+    except ValueError as error:
+        warnings.warn(f"{error}; it is computed again", stacklevel=3)
+    return {}, {}
 
 # %% ../nbs/W1_data.ipynb #8b128b72
 def load_images(
@@ -720,14 +651,21 @@ def load_images(
     if source_kind(source) == "digits":
         data = _digits(split, size)
     else:
-        files, kept = list_files(source, split), _cache_file(
+        files, file = list_files(source, split), _cache_file(
             source, split, size)
         state = source_state(source, files)
-        data = kept and _read_cache(kept, state)
-        if not data:
-            data = _read_source(source, split, files, size, limit)
-            if kept and limit is None:
-                _write_cache(kept, data, state)
+        tensors, meta = read_cache(file)
+        if meta.get("state") == state:
+            data = ImageSet(**tensors, classes=tuple(meta["classes"]))
+        else:  # none, or the source has changed since
+            pictures = open_source(source, split, files)
+            expect(len(pictures.classes) > 1, f"{source} has only the class "
+                   f"{', '.join(pictures.classes)}", "at least two")
+            data = _decode(pictures, limit, size)
+            if limit is None:
+                write_cache(
+                    file, {"images": data.images, "labels": data.labels},
+                    {"state": state, "classes": data.classes})
     if limit is None or limit >= len(data):
         return data
     return data.subset(stratified_index(data.labels, limit))

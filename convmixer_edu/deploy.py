@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .data import brief, expect, written_aside
+from .checkpoint import brief, written_aside
+from .data import expect
 from .speed import RunSettings, choices, frozen, time_step
 
 # %% ../nbs/P6_deploy.ipynb #81a19ec8
@@ -289,19 +290,15 @@ def export(
     expect(file.is_file() or not file.exists(), f"{file} cannot be written: "
            "it is a folder or a device", "the name of a file")
     write, read = FORMATS[kind]
-    try:
-        with written_aside(file) as draft, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            write(model, images, notes or {}, draft)
-            ask = read(draft)  # written a moment ago, by us
-            worst = max(distance(ask(x), model(x).detach(), least=1.0)
-                        for x in (images[:1], images))
-            expect(worst <= TOLERANCE, f"a file for {kind} answers "
-                   f"{worst:.1e} off PyTorch",
-                   f"at most {TOLERANCE:.0e}: it was not kept")
-    except OSError as error:
-        raise ValueError(f"{file} could not be written ({brief(error)}): "
-                         "make room or choose another folder") from error
+    with written_aside(file) as draft, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        write(model, images, notes or {}, draft)
+        ask = read(draft)  # written a moment ago, by us
+        worst = max(distance(ask(x), model(x).detach(), least=1.0)
+                    for x in (images[:1], images))
+        expect(worst <= TOLERANCE, f"a file for {kind} answers "
+               f"{worst:.1e} off PyTorch",
+               f"at most {TOLERANCE:.0e}: it was not kept")
     return {"file": str(file), "bytes": file.stat().st_size,
             "difference": worst}
 

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import (cache_folder, is_own, make_private,
-                                written_aside)
+from .checkpoint import write_json
+from .data import is_own, private_folder
 from .distributed import world
 
 # Before anything else computes: see "Numbers too small to matter". numpy
@@ -76,21 +76,15 @@ def _abilities(device):
     code = hashlib.sha256(lines.encode()).hexdigest()[:8]
     return " " + code if lines else ""
 
-
-def _cache_file():
-    "Where answers are kept, beside the decoded images; None: nowhere"
-    folder = cache_folder()
-    return folder and folder / "speed.json"
-
 # %% ../nbs/W5_machine.ipynb #meas0003
 def read_answers(
     file: Path | None = None,  # another speed.json; None: one's own
 ) -> dict:  # by `choice_key`
     "The answers kept; a damaged file or another user's counts as none"
-    file, ours = file or _cache_file(), file is None
+    own = private_folder() / "speed.json"
     with suppress(OSError, ValueError):
-        if file is not None and not (ours and not is_own(file)):
-            kept = json.loads(file.read_text())
+        if file or is_own(own):
+            kept = json.loads((file or own).read_text())
             return kept if isinstance(kept, dict) else {}
     return {}
 
@@ -99,13 +93,9 @@ def remember(
     found: dict,  # by `choice_key`; others do no harm
 ) -> None:
     "Keep answers that were measured here or elsewhere"
-    file = _cache_file()
-    with suppress(OSError):  # a disk that is full
-        if file is not None:
-            make_private(file.parent)
-            kept = {**read_answers(), **found}  # others may have written
-            with written_aside(file) as aside:
-                aside.write_text(json.dumps(kept, indent=1))
+    with suppress(ValueError):  # a disk that is full
+        write_json(private_folder() / "speed.json",
+                   {**read_answers(), **found})  # others may have written
 
 
 def measured(

@@ -25,11 +25,11 @@ from timm.data import ImageNetInfo, create_loader, resolve_data_config
 from timm.models import convmixer as timms
 from torch import Tensor, nn
 
-from .checkpoint import (CheckpointError, check_tensors, ensure,
-                                      read_checkpoint, write_checkpoint)
-from .data import (brief, cache_folder, expand, expect, is_own,
-                                list_files, make_private, open_image,
-                                open_source, source_kind, source_state, tell)
+from .checkpoint import (CheckpointError, brief, check_tensors,
+                                      ensure)
+from .data import (expand, expect, list_files, open_image,
+                                open_source, private_folder, read_cache,
+                                source_kind, source_state, tell, write_cache)
 from .machine import choose_device
 from .model import variant
 from .recipe import Config
@@ -322,9 +322,6 @@ class Judged:
     "Pictures and the right answers; timm's loader sets `transform`"
 
     def __init__(self, pictures, numbers: list[int], first: int = 0):
-        for i, label in enumerate(pictures.labels):
-            expect(label in range(len(numbers)), f"image {i} has no label",
-                   "a split with labels, such as validation")
         self.pictures, self.numbers, self.first = pictures, numbers, first
 
     def __len__(self):
@@ -341,14 +338,9 @@ class Tally:
     "What is known so far about a network's answers, also in a file"
 
     def __init__(self, file: Path | None = None):
-        self.file, self.rows = file, torch.zeros(0, 4, dtype=torch.float64)
-        if file is not None and file.exists():  # an earlier, killed call's
-            try:
-                ensure(is_own(file), f"{file} belongs to another user")
-                self.rows = read_checkpoint(file)[0]["rows"]
-            except CheckpointError as error:
-                warnings.warn(f"{error}; evaluated from the start",
-                              stacklevel=3)
+        found = read_cache(file)[0] if file else {}  # of an earlier, killed call
+        self.file = file
+        self.rows = found.get("rows", torch.zeros(0, 4, dtype=torch.float64))
 
     def add(self, logits: Tensor, y: Tensor) -> None:  # (B, n) and (B,)
         "The answers to some images, beside the right classes"
@@ -360,14 +352,8 @@ class Tally:
 
     def keep(self) -> None:
         "Write it down; a full disk is no reason to stop"
-        try:
-            if self.file is not None:
-                make_private(make_private(self.file.parent.parent)
-                             / self.file.parent.name)
-                write_checkpoint(self.file, {"rows": self.rows}, {})
-        except (CheckpointError, OSError) as error:
-            warnings.warn("the evaluation goes on, but cannot be kept: "
-                          f"{error}", stacklevel=3)
+        if self.file:
+            write_cache(self.file, {"rows": self.rows}, {})
 
     def summary(self) -> dict:
         "Accuracies in per cent, mean loss, [true, answered, how often]"
@@ -382,11 +368,10 @@ class Tally:
 
 # %% ../nbs/W15_published.ipynb #0bd79821
 def _tally_file(name, model, *decisive):
-    "The file that keeps what is known so far, if there is a place for it"
+    "The file that keeps what is known so far"
     digest = hashlib.sha256(repr((name, decisive)).encode()
                             + save(model.state_dict())).hexdigest()
-    folder = cache_folder()
-    return folder and folder / f"evaluations/{name}-{digest[:16]}.safetensors"
+    return private_folder("evaluations") / f"{name}-{digest[:16]}.safetensors"
 
 # %% ../nbs/W15_published.ipynb #273cf1e6
 def evaluate_pretrained(
@@ -410,7 +395,6 @@ def evaluate_pretrained(
            "a folder of images, or a dataset on the Hub")
     files = list_files(source, split, alone=True)
     pictures = open_source(source, split, files)
-    expect(len(pictures), f"{source} has no images in split {split}", "some")
     numbers = targets(pictures.classes, settings.num_classes)
     device, model = choose_device(device), load_pretrained(name, file)
     tally = Tally(_tally_file(name, model, source, split, pictures.classes,
@@ -434,8 +418,7 @@ def evaluate_pretrained(
     except (ValueError, OSError) as error:  # a worker's has its traceback
         last = str(error).strip().split("\n")[-1]
         raise ValueError(re.sub(r"^\w+Error: ", "", last)) from None
-    if tally.file is not None:
-        tally.file.unlink(missing_ok=True)
+    tally.file.unlink(missing_ok=True)
     speed = left / (time.monotonic() - began)
     return {"model": name, **tally.summary(), "crop_pct": frame["crop_pct"],
             "interpolation": frame["interpolation"], "image_size":

@@ -169,7 +169,7 @@ def test_a_backup_holds_what_the_run_holds_and_gives_it_back(backed_up, tmp_path
         file.unlink()
     assert backup.update() and listing(drive) == listing(run)
     again = tmp_path / "deep" / "again"
-    (drive / ".run.json.1.part").write_text("{")  # a kill in the middle of a copy
+    (drive / ".convmixer-1.part").write_text("{")  # a kill in the middle of a copy
     Backup(again, drive, resume=True)
     assert listing(again) == listing(run)
     assert not list(drive.glob(".*.part"))

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -404,6 +405,10 @@ def test_hub_errors(hub):
     hub.online = False
     with pytest.raises(FileNotFoundError, match="cannot be reached: set CONVMIXER_DATA to a folder"):
         load_images("someone/else")
+    hub.online, hub.plan[:] = True, [100] * 50  # a line that always breaks
+    with pytest.raises(FileNotFoundError, match="the Hugging Face Hub cannot give it .*: set CONVMIXER_DATA to a folder") as told:
+        load_images("someone/else")
+    assert "\n" not in str(told.value)
     hub.online, hub.files = True, {}
     with pytest.raises(FileNotFoundError, match="neither a folder here nor a dataset"):
         load_images("someone/nothing")
@@ -557,9 +562,18 @@ def test_a_note_that_does_not_fit_the_labels(tmp_path, label, names, words):
 
 
 def test_parquet_files_whose_labels_are_of_two_kinds(tmp_path):
-    pq.write_table(pa.table({"img": [b"x"], "label": ["cat"]}), tmp_path / "train-0.parquet")
-    pq.write_table(pa.table({"img": [b"x"], "label": [b"cat"]}), tmp_path / "train-1.parquet")
-    with pytest.raises(ValueError, match="train-1.parquet .* its column label is of another kind"):
+    """Read as the first file has them, or refused by name."""
+    cells = list(map(png, pixels(2)))
+    for name, labels in {"train-0": ["cat", "3"], "train-1": [3, 3]}.items():
+        write_table(tmp_path / f"{name}.parquet", {"img": cells, "label": labels})
+    assert load_images(tmp_path).classes == ("3", "cat") and load_images(tmp_path).labels.tolist() == [1, 0, 0, 0]
+    write_table(tmp_path / "train-0.parquet", {"img": cells, "label": [7, 3]})
+    assert load_images(tmp_path).classes == ("3", "7")
+    write_table(tmp_path / "train-1.parquet", {"img": cells, "label": ["cat", "3"]})
+    with pytest.raises(ValueError, match="train-1.parquet cannot be read as parquet: .*'cat'"):
+        load_images(tmp_path)
+    write_table(tmp_path / "train-1.parquet", {"img": cells, "species": [3, 3]})
+    with pytest.raises(ValueError, match="train-1.parquet cannot be read as parquet: .*label"):
         load_images(tmp_path)
 
 
@@ -592,7 +606,7 @@ def test_without_a_home_nothing_is_kept_and_all_is_read(tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(load_images(tmp_path / "d")) == 12
-    assert data.cache_folder() is None
+    assert data.private_folder() == Path(data._temporary().name)  # which goes with the process
 
 
 # ---------------------------------------------------------------- the cache
@@ -645,22 +659,25 @@ DAMAGE = {
     "other tensors": lambda f: save_file({"weight": torch.zeros(3)}, f),
     "other tensors with notes": lambda f: save_file({"weight": torch.zeros(3)}, f, notes(f)),
     "other pixels": lambda f: save_file({**load_file(f), "images": torch.zeros(12, 3, 6, 6, dtype=torch.uint8)}, f, notes(f)),
-    "other classes": lambda f: save_file(load_file(f), f, {**notes(f), "classes": '["x", "y", "z"]'}),
-    "fewer classes": lambda f: save_file(load_file(f), f, {**notes(f), "classes": '["x"]'}),
+    "other classes": lambda f: save_file(load_file(f), f, notes(f, '["cat", "dog", "owl"]', '["x", "y", "z"]')),
+    "fewer classes": lambda f: save_file(load_file(f), f, notes(f, '["cat", "dog", "owl"]', '["x"]')),
 }
 
 
-def notes(file):
+def notes(file, old="", new=""):
+    """What the head of the file says beside the tensors, changed."""
     head = file.read_bytes()
     length, = struct.unpack("<Q", head[:8])
-    return json.loads(head[8: 8 + length])["__metadata__"]
+    found = json.loads(head[8: 8 + length])["__metadata__"]
+    assert old in found["checkpoint"]
+    return {"checkpoint": found["checkpoint"].replace(old, new)}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_noticed_and_mended(kept, damage):
     folder, fingerprint, file, seen = kept
     DAMAGE[damage](file)
-    with pytest.warns(UserWarning, match="is damaged .* decoded again"):
+    with pytest.warns(UserWarning, match="damaged.*computed again"):
         assert load_images(folder).fingerprint == fingerprint
     assert len(seen) == 12
     seen.clear()
@@ -703,18 +720,20 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, place, 
     def full(*_, **__):
         raise kind("no space left on device")
 
-    monkeypatch.setattr(f"convmixer_edu.data.{place}", full)
-    with pytest.warns(UserWarning, match="could not be kept in .* no space left"):
+    monkeypatch.setattr(f"convmixer_edu.checkpoint.{place}", full)
+    with pytest.warns(UserWarning, match="computed again next time: .* could not be written .no space left"):
         assert len(load_images(tmp_path / "pets")) == 12
     assert not cache_files(tmp_path)
 
 
-def test_a_cache_folder_that_cannot_be_made(tmp_path, monkeypatch):
+def test_a_cache_folder_that_cannot_be_made(tmp_path, monkeypatch, capsys):
     class_folders(tmp_path / "pets")
     (tmp_path / "blocked").write_text("a file where the folder should be")
     monkeypatch.setenv("CONVMIXER_CACHE", str(tmp_path / "blocked" / "cache"))
-    with pytest.warns(UserWarning, match="could not be kept"):
+    for _ in range(2):
         assert len(load_images(tmp_path / "pets")) == 12
+    said = capsys.readouterr().err
+    assert said.startswith(f"nothing is kept in {tmp_path}/blocked/cache (") and said.count("\n") == 1
 
 
 # ---------------------------------------------------------------- the real thing

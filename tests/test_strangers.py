@@ -19,8 +19,8 @@ from conftest import ROOT, offline
 from PIL import Image
 
 from convmixer_edu import data, depthwise, machine, pretrained
-from convmixer_edu.checkpoint import CheckpointError, write_atomically
-from convmixer_edu.data import load_images, picture_suffixes, read_image, written_aside
+from convmixer_edu.checkpoint import CheckpointError, write_atomically, written_aside
+from convmixer_edu.data import load_images, picture_suffixes, read_image
 from convmixer_edu.inference import find_pictures
 
 SOMEBODY = 65534  # a user that is not us
@@ -35,6 +35,7 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setenv("CONVMIXER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(data, "_on_the_hub", lambda source: None)
     data.tell.cache_clear()
+    data._temporary.cache_clear()
 
 
 # ---------------------------------------------------------------- pictures
@@ -203,6 +204,7 @@ TABLES = {  # columns, the note of `datasets`
     "no labels": ({"image": pa.array([GOOD] * 2, STRUCT), "label": pa.array([None, None], pa.int64())}, None),
     "lists for labels": ({"image": pa.array([GOOD] * 2, STRUCT), "label": [[0], [1]]}, {"image": IMAGE, "label": LABEL}),
     "two columns of one name": ([pa.array([GOOD] * 2, STRUCT), pa.array([GOOD] * 2, STRUCT), pa.array([0, 1])], ["image", "image", "label"]),
+    "two label columns of one name": ([pa.array([GOOD] * 2, STRUCT), pa.array([0, 1]), pa.array([0, 1])], ["image", "label", "label"]),
     "no columns": ({}, None),
     "a note of one class": ({"image": pa.array([GOOD] * 2, STRUCT), "label": [0, 0]},
                             {"image": IMAGE, "label": {"_type": "ClassLabel", "names": ["a"]}}),
@@ -303,11 +305,10 @@ KILLED = """
 import os, sys, torch
 from pathlib import Path
 from convmixer_edu import data
-d = data.ImageSet(torch.full((60, 3, 64, 64), int(sys.argv[1]), dtype=torch.uint8), torch.arange(60) % 2, ("a", "b"))
-d.fingerprint
+images = torch.full((60, 3, 64, 64), int(sys.argv[1]), dtype=torch.uint8)
 print("ready", flush=True)
 while True:
-    data._write_cache(Path("cache/x.safetensors"), d, "state")
+    data.write_cache(data.private_folder() / "x.safetensors", {"images": images}, {})
 """
 
 
@@ -318,9 +319,9 @@ def test_a_writer_that_is_killed_leaves_the_old_or_the_new_file(recwarn):
         time.sleep(0.02 * turn)
         writer.kill()
         writer.wait()
-        found = data._read_cache(Path("cache/x.safetensors"), "state")
-        assert found is None or len(found.images.unique()) == 1
-    assert found is not None and not [w for w in recwarn.list if w.category is UserWarning]
+        tensors, _ = data.read_cache(Path("cache/x.safetensors"))
+        assert not tensors or len(tensors["images"].unique()) == 1
+    assert tensors and not [w for w in recwarn.list if w.category is UserWarning]
 
 
 def test_what_killed_writers_left_goes_after_a_day(tmp_path):
@@ -373,9 +374,9 @@ def test_no_message_shows_a_temporary_name(call, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="x could not be written .No space left on device.: make room") as told:
             write()
         messages.append(str(told.value))
-    with pytest.warns(UserWarning, match="could not be kept in .*: No space left on device") as heard:
-        data._write_cache(tmp_path / "c/x.safetensors", data.load_images("digits"), "state")
-    with pytest.raises(OSError) as told, written_aside(tmp_path / "x") as aside:
+    with pytest.warns(UserWarning, match="x.safetensors could not be written .No space left on device") as heard:
+        data.write_cache(tmp_path / "x.safetensors", {"a": torch.ones(3)}, {})
+    with pytest.raises(CheckpointError) as told, written_aside(tmp_path / "x") as aside:
         aside.write_bytes(b"1")
     messages += [str(heard[0].message), str(told.value)]
     assert not [message for message in messages if ".part" in message or ".convmixer" in message]
@@ -400,12 +401,12 @@ def pets(root):
 def test_a_cache_file_that_another_user_put_there_is_not_believed(tmp_path):
     folder = pets(tmp_path / "pets")
     file = data._cache_file(folder, "train", None)
-    file.parent.mkdir(mode=0o777)
     file.parent.chmod(0o777)
-    poison = data.ImageSet(torch.full((6, 3, 8, 8), 66, dtype=torch.uint8), torch.tensor([1, 1, 1, 0, 0, 0]), ("cat", "dog"))
-    data._write_cache(file, poison, data.source_state(folder, data.list_files(folder, "train")))
+    poison = {"images": torch.full((6, 3, 8, 8), 66, dtype=torch.uint8), "labels": torch.tensor([1, 1, 1, 0, 0, 0])}
+    data.write_cache(file, poison, {"state": data.source_state(folder, data.list_files(folder, "train")), "classes": ["cat", "dog"]})
+    assert load_images(folder).images.unique().tolist() == [66]  # while it is ours
     os.chown(file, SOMEBODY, SOMEBODY)
-    with pytest.warns(UserWarning, match="another user put it there"):
+    with pytest.warns(UserWarning, match="another user put .* there"):
         assert load_images(folder).images.unique().tolist() == [255]
     assert file.stat().st_uid == 0 and file.parent.stat().st_mode & 0o077 == 0
 
@@ -419,9 +420,8 @@ def test_a_folder_of_another_user_is_not_used_and_it_is_said_once(tmp_path, caps
     for _ in range(2):
         assert load_images(folder).images.unique().tolist() == [255]
         machine.remember({"a question": "an answer"})
-        assert machine.read_answers() == {}
     said = capsys.readouterr().err
-    assert said == f"{cache} belongs to another user, so nothing is kept there: set CONVMIXER_CACHE to a folder of your own\n"
+    assert said == f"nothing is kept in {cache} (it belongs to another user): set CONVMIXER_CACHE to a folder of your own\n"
     assert not os.listdir(cache)
 
 
@@ -431,13 +431,13 @@ def test_settings_and_evaluations_of_another_user_are_not_believed(tmp_path):
     assert machine.read_answers() == {"a question": "an answer"}
     os.chown(tmp_path / "cache/speed.json", SOMEBODY, SOMEBODY)
     assert machine.read_answers() == {}
-    note = tmp_path / "cache/evaluations/x.safetensors"
+    note = data.private_folder("evaluations") / "x.safetensors"
     tally = pretrained.Tally(note)
     tally.add(torch.eye(3), torch.arange(3))
     tally.keep()
     assert len(pretrained.Tally(note).rows) == 3
     os.chown(note, SOMEBODY, SOMEBODY)
-    with pytest.warns(UserWarning, match="belongs to another user; evaluated from the start"):
+    with pytest.warns(UserWarning, match="another user put .* there.*computed again"):
         assert len(pretrained.Tally(note).rows) == 0
 
 
