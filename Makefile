@@ -16,7 +16,7 @@ help:
 	@echo "make book    run the chapters and render the book to _build/html"
 	@echo "make test    everything that is checked"
 	@echo "make serve   the book on http://localhost:$(PORT)"
-	@echo "make pdf     the paper's chapters and its appendix as one file, _build/convmixer-edu.pdf"
+	@echo "make pdf     the paper's chapters and its appendix as one file, _build/html/convmixer-edu.pdf"
 	@echo "make bench   the speed of a training step, to _build/bench.json"
 	@echo "make contract  every chapter with Colab's versions, from the wheel (LOWER=1: the oldest versions); gigabytes"
 	@echo "make gpu     the evidence on a GPU, in MINUTES=12, to gpu/; goes on where it was"

@@ -94,13 +94,14 @@ def shrink_icons(app, error):
 
 
 def add_citation(app, docname, source):
-    """Put what CITATION.cff says, as BibTeX, where a page asks for it."""
+    """Put what CITATION.cff says, as BibTeX, where a page asks for it, and the address of the story in one file."""
     if "{citation}" in source[0]:
         about = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf8"))
         fields = {"title": about["title"], "author": " and ".join(f"{{{author['name']}}}" for author in about["authors"]),
                   "version": about["version"], "url": about["url"]}
         lines = "".join(f"  {name:7} = {{{value}}},\n" for name, value in fields.items())
         source[0] = source[0].replace("{citation}", f"@software{{convmixer_edu,\n{lines}}}")
+        source[0] = source[0].replace("{story}", f"{app.config.html_baseurl}convmixer-edu.pdf")  # tools/pdf.py puts it there
 
 
 def setup(app):

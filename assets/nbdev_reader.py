@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 import nbformat
-from book_site import picture
+from book_site import parts, picture
 from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.transforms import SphinxTransform
@@ -46,11 +46,22 @@ LONG = {"code": 15, "drawing": 5}  # lines; longer cells are folded
 POLICY = ("default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
           "img-src 'self' data:; font-src 'self' data:; connect-src 'self'; worker-src 'self'; base-uri 'self'; "
           "form-action 'self'")
-MENDED = [(re.compile(pattern), better) for pattern, better in [
+
+
+def fold_part(found):
+    """Return a part of the book in the sidebar as a fold: open where the page is, and the first parts everywhere."""
+    part, pages = found.groups()
+    state = " open" if 'class="current' in pages or html.unescape(part) in [*dict.fromkeys(parts().values())][:2] else ""
+    return f'<details class="part"{state}><summary><span role="heading" aria-level="2">{part}</span></summary>{pages}</details>'
+
+
+MENDED = [(re.compile(pattern, re.S), better) for pattern, better in [
     # a page of others, which a link opens, gets no hold on ours
     (r"""<a(?![^>]*\srel=)([^>]*\shref=["'](?:https?:)?//)""", r'<a rel="noopener"\1'),
     # a script of 1.5 MB that draws icons which a font draws as well
     (r"<(script|link)[^>]*fontawesome\.js[^>]*>(</script>)?\n?", ""),
+    # half a hundred links in the sidebar
+    (r'<p aria-level="2" class="caption" role="heading"><span class="caption-text">(.*?)</span></p>\s*(<ul.*?</ul>)(?=\s*<p aria-level|\s*</div>)', fold_part),
     # what a screen reader stumbles over: a name that is not what stands there, empty heads, no landmark
     (r'(<button[^>]*search-button-field[^>]*) aria-label="Search"', r"\1"),
     (r'(<th class="head[^"]*">)<p></p></th>', "<td></td>"),

@@ -250,17 +250,16 @@ def _begun(run, data):
     metadata["device"] = metadata.get("device") or ""  # None: not asked for
     check_metadata(metadata, {"source": str, "device": str}, file)
     source, device = metadata["source"], metadata["device"] or None
-    hub = "/" in source and not Path(source).is_absolute()
-    if data or source == "digits":
-        return data or source, device
-    if source != DEFAULT_SOURCE and (hub or Path(source).is_dir()):
-        if _FIRST:  # who knows who wrote that
-            _say(f"images from {source}, as {run} says; --data takes others")
-        return source, device
-    _refuse(source != DEFAULT_SOURCE and "CONVMIXER_DATA" not in os.environ,
+    if data or source in ("digits", DEFAULT_SOURCE):
+        return data or (source if source == "digits" else None), device
+    here = Path(source).is_dir() or (  # or on the Hub
+        "/" in source and not Path(source).is_absolute())
+    _refuse(not here and "CONVMIXER_DATA" not in os.environ,
             f"{run} was begun with images in {source}, which is not here: "
             "say with --data where they are")
-    return None, device
+    if here and _FIRST:  # who knows who wrote that
+        _say(f"images from {source}, as {run} says; --data takes others")
+    return source if here else None, device
 
 
 _FIRST = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
@@ -290,8 +289,7 @@ def train_command(
     finetune: _option(Published | None, "Begin with these weights.") = None,
     weights: Weights = None,
     epochs: _option(int | None, "Passes over the training images.") = None,
-    seed: _option(int | None, "Decides every draw of chance.", min=0,
-                  max=2**63 - 1) = None,
+    seed: _option(int | None, "Decides every draw of chance.") = None,
     device: Device = None,
     pairs: _option(list[str] | None, "Change one setting of the recipe; may "
                    "be given again.", "--set", metavar="KEY=VALUE") = None,

@@ -6,6 +6,7 @@ __all__ = ['RETIRED', 'CHOICES', 'FREE', 'PRESETS', 'SOURCES', 'learning_rate', 
 
 # %% ../nbs/05_training.ipynb #f293cba5
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -175,6 +176,7 @@ def _check_range(name, value, low, high, words):
         raise ValueError(f"{name} is {value!r}, expected a number {words}")
 
 # %% ../nbs/05_training.ipynb #176df9ca
+@functools.cache
 def augmentation(
     c: Config,
 ) -> Augment:

@@ -236,23 +236,20 @@ class Recorded:
                 result = self.step(*self.inputs)
             torch.cuda.current_stream().wait_stream(self.stream)
             return result
-        if self.graph is None:
-            self._record()
+        if self.graph is None:  # recorded once; nothing is computed
+            self.graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(self.graph, stream=self.stream):
+                    self.result = self.step(*self.inputs)
+            except Exception as error:  # each reason has its own class
+                self.graph = False
+                warnings.warn(
+                    "the step cannot be recorded as a CUDA graph ("
+                    f"{brief(error)}) and runs as it is", stacklevel=2)
         if not self.graph:
             return self.step(*self.inputs)
         self.graph.replay()
         return self.result
-
-    def _record(self):
-        "Once; nothing is computed"
-        self.graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.result = self.step(*self.inputs)
-        except Exception as error:  # each reason has its own class
-            self.graph = False
-            warnings.warn("the step cannot be recorded as a CUDA graph ("
-                          f"{brief(error)}) and runs as it is", stacklevel=3)
 
 # %% ../nbs/P4_speed.ipynb #bae7b407
 def make_step(
@@ -306,49 +303,40 @@ def probe(
     report=None,  # called with each `RunSettings` as it is timed
 ) -> list[RunSettings]:  # in the order tried
     "Time every setting; one that fails says why, and the next is tried"
-    every, timed, best = choices(device), [], 0.0
+    every, timed, enough = choices(device), [], math.inf
     deadline = time.monotonic() + seconds
     for choice in every:
-        if time.monotonic() > deadline:
-            choice = replace(choice, reason=f"not reached in {seconds:.3g} s")
-        else:
-            choice = _timed(work, choice, device, best)
-        best = max(best, choice.images_per_second)
-        timed.append(choice)
+        found = {"reason": f"not reached in {seconds:.3g} s"}
+        if time.monotonic() <= deadline:
+            torch._dynamo.reset()  # it compiles the same code only so often
+            try:
+                took = time_step(make_step(work, choice, device), device,
+                                 enough=enough)
+                found = {"images_per_second": work.batch_size / took}
+                enough = min(enough, 3 * took)
+            except Exception as error:  # whatever it is, the next may work
+                reason = f"{type(error).__name__}: {brief(error)}"
+                found = {"reason": reason[:100]}
+            torch._dynamo.reset()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        timed.append(replace(choice, **found))
         if report:
-            report(choice)
+            report(timed[-1])
     return timed
-
-
-def _timed(work, choice, device, best=0.0):
-    "A setting with its speed, or with the reason why there is none"
-    torch._dynamo.reset()  # it compiles the same code a few times only
-    enough = 3 * work.batch_size / best if best else math.inf
-    try:
-        took = time_step(make_step(work, choice, device), device,
-                         enough=enough)
-        return replace(choice, images_per_second=work.batch_size / took)
-    except Exception as error:  # whatever it is, the next may work
-        reason = f"{type(error).__name__}: {brief(error)}"
-        return replace(choice, reason=reason[:100])
-    finally:
-        torch._dynamo.reset()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
 
 # %% ../nbs/P4_speed.ipynb #e46b6cb1
 def choose(
     work: Workload,
     device: torch.device,
     seconds: float = 60.0,  # for the probe, where one is needed
-    report=None,  # called with each `RunSettings` as it is timed
 ) -> RunSettings:
     """The fastest setting, as measured before, or by a probe
 
     Raises `RuntimeError` when no setting works."""
     return measured(
         asdict(work),
-        lambda: asdict(fastest(probe(work, device, seconds, report), device)),
+        lambda: asdict(fastest(probe(work, device, seconds), device)),
         device, lambda fields: RunSettings(**fields))
 
 

@@ -99,11 +99,9 @@ def _one(task, out, source, device, over):
         with claimed(run.with_name(f"{run.name}.lock")) as own:
             if not own or over() or not pending([task], out):
                 return None
-            begun = (run/"config.json").exists()
-            if run.exists() and not begun:
-                shutil.rmtree(run)  # killed before it had begun
             try:
-                train(task.config, source, run, begun, device, over)
+                train(task.config, source, run, (run/"config.json").exists(),
+                      device, over)
             except Diverged as error:
                 write_json(run/"run.json", {"failed": str(error),
                                             "config": vars(task.config)})
@@ -177,7 +175,7 @@ def work(
 
 # %% ../nbs/W11_sweep.ipynb #300324d7
 _TIMES = {"seconds", "images_per_second", "peak_memory_mb"}  # never twice
-_PLACE = {"device", "kind", "threads", "processes", "python", "torch",
+_PLACE = {"date", "device", "kind", "threads", "processes", "python", "torch",
           "timm", "commit", "cuda_graph", "command", "name", "scale",
           "parts", "seal"}
 
@@ -202,32 +200,29 @@ def merge(
     Raises `ValueError`, before anything is copied, for a record that was
     changed or has another recipe than its name says, for one that two
     folders have with different results, and for runs on other images."""
-    out, there, seen = Path(out), {}, {}
-    for folder in (out, *map(Path, folders)):
-        for scale, run in _all_records(folder):
-            place, name = folder/scale/run["name"], (scale, run["name"])
-            _same(there, name, place, decisive(run), "are one task with two "
-                  "results: remove one of them")
-            if "failed" not in run:
-                marks = run["train_fingerprint"], run["test_fingerprint"]
-                _same(seen, scale, place, marks, "were trained on different "
-                      "images: keep them apart")
-    new = [place for place, _ in there.values()
-           if place.parts[:-2] != out.parts]
+    out, known = Path(out), {}  # (scale, name): the first place, what it says
+    for place, run in [found for folder in (out, *map(Path, folders))
+                       for found in _all_records(folder)]:
+        task = place.parts[-2:]
+        facts = [(task, decisive(run), "are one task with two results: "
+                  "remove one of them")]
+        if "failed" not in run:
+            marks = run["train_fingerprint"], run["test_fingerprint"]
+            facts.append((task[:1], marks, "were trained on different "
+                          "images: keep them apart"))
+        for key, value, words in facts:
+            first, before = known.setdefault(key, (place, value))
+            if before != value:
+                raise ValueError(f"{place} and {first} {words}")
+    new = [place for key, (place, _) in known.items()
+           if len(key) == 2 and place.parts[:-2] != out.parts]
     for place in new:
         adopt(place, out/place.parent.name)
     return len(new)
 
 
-def _same(known, key, place, value, words):
-    "What a key stood for before it must stand for now"
-    first, before = known.setdefault(key, (place, value))
-    if before != value:
-        raise ValueError(f"{place} and {first} {words}")
-
-
 def _all_records(folder):
-    "(scale, record) of each, all checked; a link leads to what is not here"
+    "(place, record) of each, all checked; a link leads to what is not here"
     for scale in SCALES:
         own = [folder/scale, *(folder/scale).glob("[!.]*")]
         for place in own + [run/name for run in own
@@ -236,7 +231,7 @@ def _all_records(folder):
                 raise ValueError(f"{place} is a link, which is not followed: "
                                  "expected the records themselves")
         for runs in records(scale, folder).values():
-            yield from ((scale, run) for run in runs)
+            yield from ((folder/scale/run["name"], run) for run in runs)
 
 # %% ../nbs/W11_sweep.ipynb #b3ee9b89
 @dataclass(frozen=True)

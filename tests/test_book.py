@@ -2,20 +2,19 @@
 
 import dataclasses
 import functools
-import gzip
 import inspect
 import json
 import re
 import subprocess
 import sys
-from importlib.resources import files
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
 import pytest
 import yaml
+import pdf
 import prose
-from browser import serve, visit
+from browser import broken_rules, count_bytes, serve, visit
 from bs4 import BeautifulSoup
 from conftest import HOUR, ROOT, environment, real_data
 from first_cell import reference
@@ -23,6 +22,9 @@ from nbdev.config import get_config
 from nbdev_reader import POLICY
 from PIL import Image
 from playwright.sync_api import expect
+from record_browser import newcomer
+from screens import README, SHOWS
+from share_pictures import words
 
 from convmixer_edu.anatomy import count_macs
 from convmixer_edu.claims import claims
@@ -206,6 +208,17 @@ def test_the_first_page_calls_each_page_by_its_title(built):
     assert len(cards) == len(CHAPTERS) - 1
 
 
+@every_page
+def test_the_sidebar_is_folded_by_part(built, page):
+    """Where the page is, it is open, and so are the first two parts; each part of the book has its fold."""
+    folds = soup(page).select("nav.bd-links details.part")
+    captions = [part["caption"] for part in TOC["parts"]]
+    here = [part["caption"] for part in TOC["parts"] for chapter in part["chapters"] if page.startswith(chapter["file"])]
+    assert [fold.summary.get_text() for fold in folds] == captions
+    assert {fold.summary.get_text() for fold in folds if fold.has_attr("open")} == {*captions[:2], *here}
+    assert not soup(page).select("nav.bd-links p.caption")
+
+
 MARKS = {"mathjax": ".math", "live/exercise": "form.exercise", "live/order": ".live-order", "live/draws": ".live-draws",
          "live/kernels": ".live-kernels", "sphinx-design": "[class*='sd-']",
          "live/sliders": ".live-anatomy, .live-knife, .live-attention, .live-poke", "live/live.js": ".live", "copybutton.js": ".highlight"}
@@ -226,6 +239,8 @@ def test_a_shared_link_shows_a_picture_of_its_part(built):
     for (name,) in shown.values():
         picture = HTML / "_static" / Path(name).name
         assert Image.open(picture).size == (1200, 630) and picture.stat().st_size < 100_000
+    for name, told in words().items():
+        assert Image.open(HTML / "_static" / name).text["shows"] == "\n".join(told), "run python assets/share_pictures.py"
 
 
 def test_a_page_can_be_mended_by_its_reader(built):
@@ -239,6 +254,29 @@ def test_the_book_says_how_to_cite_it(built):
     about = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf8"))
     text = soup("nbs/references").select_one(".highlight-bibtex").get_text()
     assert text.startswith("@software{") and all(about[key] in text for key in ("title", "version", "url"))
+
+
+FRAMES = """[...document.querySelectorAll("figure, div.cell, div.cell_output, details")].filter(
+    frame => !frame.innerText.trim() && ![...frame.querySelectorAll("svg, img")].some(part => part.getBoundingClientRect().height > 9)
+    ).map(frame => frame.outerHTML.slice(0, 200))"""
+
+
+def test_the_story_is_one_file(built, tab, tmp_path):
+    """Made of the pages: every chapter's title, no empty frame, no link out of it that could stay within; the references lead to it."""
+    with pdf.joined() as (page, titles):
+        assert titles == [soup(chapter).select_one("article h1").find(string=True, recursive=False) for chapter in STORY]
+        visit(tab, page.as_uri())
+        tab.emulate_media(media="print")
+        assert tab.evaluate(UNPRINTED) == [] and tab.evaluate(FRAMES) == []
+        assert tab.evaluate("[...document.querySelectorAll('a[href^=\"#\"]')].filter(link => !document.getElementById("
+                            "decodeURIComponent(link.hash.slice(1)))).map(link => link.hash)") == []
+    out = tmp_path / "story.pdf"
+    subprocess.run([sys.executable, "tools/pdf.py", out], cwd=ROOT, check=True, timeout=HOUR)
+    made = out.read_bytes()
+    for title in titles:  # in the outline that a reader of the file opens
+        assert "({})".format(re.sub(r"([()])", r"\\\1", title)).encode() in made, title
+    config = get_config(path=ROOT)
+    assert soup("nbs/references").select(f"a[href='{config.doc_host}{config.doc_baseurl}{pdf.STORY.relative_to(HTML)}']")
 
 
 @every_page
@@ -286,9 +324,6 @@ def site(built):
 
 
 LOOKS = {"light": (1280, "light"), "dark": (1280, "dark"), "phone": (390, "light")}
-AXE = files("axe_core_python").joinpath("axe.min.js").read_text("utf8")
-BROKEN = """axe.run(document, {resultTypes: ["violations"]}).then(found => found.violations.map(
-    rule => `${rule.id}: ${rule.nodes[0].html.slice(0, 200)}`))"""
 UNPRINTED = """[...document.querySelectorAll("article details > :not(summary), article div.cell")].filter(
     part => !part.checkVisibility({contentVisibilityAuto: true}) && part.textContent.trim()).map(part => part.outerHTML.slice(0, 200))"""
 
@@ -306,11 +341,9 @@ def test_page_in_a_browser(site, tab, page, look):
     assert tab.evaluate("document.documentElement.scrollWidth") <= width, "scrolls sideways"
     expect(tab.locator("mjx-merror")).to_have_count(0)  # a broken formula
     assert tab.locator("article mjx-container").count() >= tab.locator("article .math").count()
-    asked = {HTML / unquote(urlsplit(url).path).lstrip("/") for url in tab.asked if url.startswith(site)}
-    assert sum(len(gzip.compress(file.read_bytes(), 6)) for file in asked) < 1_000_000
-    tab.evaluate(f"{AXE}; 1")
+    assert count_bytes(tab, site, HTML) < 1_000_000
     drawer = "{exclude: [['.bd-sidebar-secondary']]}"  # a closed one, on a phone, is no region that scrolls
-    assert tab.evaluate(BROKEN.replace("document", drawer) if look == "phone" else BROKEN) == []
+    assert broken_rules(tab, drawer if look == "phone" else "document") == []
     tab.emulate_media(media="print")
     assert tab.evaluate(UNPRINTED) == []
 
@@ -369,6 +402,18 @@ FOCUS = """async () => { const part = document.activeElement
         ring: style.outlineStyle !== "none" || style.boxShadow !== "none", seen: box.bottom > 0 && box.top < innerHeight && box.width > 0 } }"""
 
 
+def test_a_newcomer_needs_one_click(site, tab):
+    """From opening the book to an answer about a picture of one's own; how long that takes is recorded."""
+    assert newcomer(tab, site)["clicks"] == 1
+
+
+def test_the_readme_shows_the_first_page(site, tab):
+    """Its picture remembers the words that it shows, and they are those of the page."""
+    visit(tab, f"{site}{HOME}.html")
+    assert Image.open(README).text["shows"] == tab.evaluate(SHOWS), "make book, then python tools/screens.py --readme"
+    assert f"]({README.relative_to(ROOT).as_posix()})" in (ROOT / "README.md").read_text("utf8") and README.stat().st_size < 200_000
+
+
 def test_the_first_page_is_walked_by_keys(site, tab):
     """Tab leads to everything once, in its order, each named, seen and ringed; then the network is used by keys alone."""
     tab.emulate_media(reduced_motion="reduce")
@@ -397,6 +442,7 @@ def test_the_first_page_is_walked_by_keys(site, tab):
 def test_a_lost_reader_can_search(site, built):
     page = BeautifulSoup((HTML / "404.html").read_text("utf8"), "html.parser")
     assert page.find("base")["href"] == urlsplit(get_config(path=ROOT).doc_host + get_config(path=ROOT).doc_baseurl).path
+    assert f"Sitemap: {get_config(path=ROOT).doc_host}{get_config(path=ROOT).doc_baseurl}sitemap.xml" in (HTML / "robots.txt").read_text("utf8")
     assert page.select("article form[action='search.html'] input[name=q]") and page.select("article a[href='nbs/index.html']")
 
 

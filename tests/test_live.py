@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 import html
 import io
 import json
@@ -178,20 +179,37 @@ GIVE = """([kind, data]) => { const all = new DataTransfer(), figure = document.
         : new ClipboardEvent("paste", { clipboardData: all, bubbles: true })) }"""
 
 
-@pytest.mark.parametrize("way", ["mouse", "keys", "drop", "paste"])
+by_each_way = pytest.mark.parametrize("way", ["mouse", "keys", "drop", "paste"])
+
+
+def hand_over(tab, way, image):
+    """Choose, drop or paste a picture, or what is none."""
+    if way in {"drop", "paste"}:
+        tab.evaluate(GIVE, [way, base64.b64encode(file(image)["buffer"]).decode()])
+    else:
+        with tab.expect_file_chooser() as chooser:
+            press(tab.locator(".live-own input"), way)
+        chooser.value.set_files(file(image))
+
+
+@by_each_way
+def test_a_picture_of_ones_own_wakes_it(show, network, way):
+    """One step leads from a page that has fetched nothing to an answer; what is no picture fetches nothing."""
+    tab = show(network, "live")
+    hand_over(tab, way, None)
+    expect(tab.locator(".live-status")).to_have_text("That file is no picture this browser can read.")
+    assert not [url for url in tab.asked if "/run/" in url or "worker" in url]
+    hand_over(tab, way, Image.new("RGB", (300, 200), "blue"))
+    assert answered(tab).startswith("your picture: ")
+    expect(tab.locator(".live-choices :checked")).to_have_count(0)
+
+
+@by_each_way
 def test_it_takes_a_picture_of_ones_own(show, network, way):
     """Chosen, dropped or pasted; it says when it is not sure; what is no picture leaves the last answer."""
     tab = show(network, "live")
     wake(tab)
-
-    def give(image):
-        if way in {"drop", "paste"}:
-            tab.evaluate(GIVE, [way, base64.b64encode(file(image)["buffer"]).decode()])
-        else:
-            with tab.expect_file_chooser() as chooser:
-                press(tab.locator(".live-own input"), way)
-            chooser.value.set_files(file(image))
-
+    give = functools.partial(hand_over, tab, way)
     status = tab.locator(".live-status")
     doubts = set()
     for image in (Image.new("RGB", (300, 200), "blue"), Image.new("L", (9, 9)), Image.radial_gradient("L")):

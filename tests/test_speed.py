@@ -4,7 +4,7 @@ import json
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from types import SimpleNamespace
-from unittest.mock import patch
+from unittest.mock import DEFAULT, patch
 
 import pytest
 import torch
@@ -210,7 +210,7 @@ def test_a_setting_that_fails_says_why_and_the_next_is_tried():
 def test_a_probe_ends_in_time():
     clock = iter([0.0, 1.0, 11.0] + [11.0] * 99)
     with patch.object(speed.time, "monotonic", lambda: next(clock)), \
-            patch.object(speed, "_timed", lambda work, choice, device, best: replace(choice, images_per_second=1.0)):
+            patch.multiple(speed, make_step=DEFAULT, time_step=lambda *a, enough: 4.0):
         first, *rest = speed.probe(TINY, CPU, seconds=10)
     assert first.images_per_second and all(c.reason == "not reached in 10 s" for c in rest)
 
@@ -224,7 +224,7 @@ def test_a_probe_is_not_charged_for_finding_out_what_to_try():
         return [RunSettings()]
 
     with patch.object(speed.time, "monotonic", lambda: clock[0]), patch.object(speed, "choices", settings), \
-            patch.object(speed, "_timed", lambda work, choice, device, best: replace(choice, images_per_second=1.0)):
+            patch.multiple(speed, make_step=DEFAULT, time_step=lambda *a, enough: 4.0):
         assert speed.probe(TINY, CPU, seconds=10)[0].images_per_second
 
 

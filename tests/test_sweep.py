@@ -400,7 +400,8 @@ def test_what_a_record_says_is_text_in_the_tables(quiet, tmp_path):
 
 def test_time_and_place_do_not_decide_but_everything_else_does(quiet):
     run = ledger.read_record("relu-seed0", quiet/"try")
-    other = {**run, "seconds": 9e9, "device": "another", "threads": 77, "images_per_second": 1, "commit": "x"}
+    other = {**run, "seconds": 9e9, "device": "another", "threads": 77, "images_per_second": 1, "commit": "x",
+             "date": "1999-12-31"}
     other["metrics"] = [{**line, "seconds": 1.0} for line in run["metrics"]]
     assert decisive(other) == decisive(run)
     for key, value in (("test_accuracy", 1.0), ("test_loss", 1.0), ("train_fingerprint", "x"), ("steps", 1),

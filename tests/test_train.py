@@ -1,6 +1,7 @@
 """Training: the recipe, the schedule, the draws, what stops a run, and what it leaves behind."""
 
 import dataclasses
+import datetime
 import json
 import signal
 from unittest.mock import patch
@@ -38,6 +39,7 @@ def test_a_run_folder_holds_what_the_run_was(finished):
     for key in ("test_accuracy", "seconds", "images_per_second", "peak_memory_mb", "torch", "timm", "device",
                 "train_fingerprint", "test_fingerprint"):
         assert record[key], key
+    assert 0 <= (datetime.date.today() - datetime.date.fromisoformat(record["date"])).days <= 1
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2] and lines[1]["loss"] < lines[0]["loss"]
     kinds = [e["event"] for e in events]

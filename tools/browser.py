@@ -2,9 +2,12 @@
 
 import contextlib
 import functools
+import gzip
 import http.server
 import shutil
 import threading
+from importlib.resources import files
+from urllib.parse import unquote, urlsplit
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
@@ -37,6 +40,19 @@ def visit(tab, address):
     tab.goto(address, timeout=300_000)  # a book in one file is a long page
     tab.evaluate("Promise.all([window.MathJax?.startup?.promise, document.fonts.ready]).then(() => true)")
     tab.wait_for_timeout(200)
+
+
+def broken_rules(tab, part="document"):
+    """Return the rules of accessibility that a page breaks, by axe-core, and where."""
+    tab.evaluate(f'{files("axe_core_python").joinpath("axe.min.js").read_text("utf8")}; 1')
+    return tab.evaluate(f"""axe.run({part}, {{resultTypes: ["violations"]}}).then(found => found.violations.map(
+        rule => `${{rule.id}}: ${{rule.nodes[0].html.slice(0, 200)}}`))""")
+
+
+def count_bytes(tab, site, folder):
+    """Return what a tab's requests weigh by a server that compresses, each address once."""
+    asked = {folder / unquote(urlsplit(url).path).lstrip("/") for url in tab.asked if url.startswith(site)}
+    return sum(len(gzip.compress(file.read_bytes(), 6)) for file in asked)
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

@@ -1,27 +1,33 @@
-"""The network in a browser, held against PyTorch: python tools/record_browser.py, into results/browser.json.
+"""The network in a browser, held against PyTorch, and what a page takes: python tools/record_browser.py, into results/browser.json.
 
-Needs Chromium. A hundred test images (CIFAR-10 where $CONVMIXER_DATA or the network has it); on an idle machine only.
+Needs Chromium and the book from `make book`. A hundred test images (CIFAR-10 where $CONVMIXER_DATA or the network has it);
+on an idle machine only.
 """
 
 import base64
 import contextlib
 import json
+import os
+import re
 import shutil
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
-from browser import chromium, serve
+from browser import broken_rules, chromium, count_bytes, serve, visit, watch
 
 from convmixer_edu.augment import normalize
 from convmixer_edu.inference import load_run
 from convmixer_edu.ledger import pretrained_run
-from convmixer_edu.live import sample_pictures
+from convmixer_edu.live import photograph, sample_pictures
 from convmixer_edu.machine import device_name
 
 ROOT = Path(__file__).resolve().parent.parent
+HTML = ROOT / "_build" / "html"
+LOADS = 5  # of the first page; of each page three
 ASK = """async pixels => {
   const { network, answer } = await import("/live/network.js")
   const [run, weights] = await Promise.all([fetch("/live/run/config.json").then(r => r.json()),
@@ -66,12 +72,54 @@ def measure(images, tab):
             "device": device_name(torch.device("cpu"))}
 
 
+def newcomer(tab, site):
+    """Open the book, choose a picture of one's own, wait for the answer: clicks, and seconds without those of the choice."""
+    tab.add_init_script("window.clicks = 0; addEventListener('click', event => { clicks += event.isTrusted }, true)")
+    picture = {"name": "own.jpg", "mimeType": "image/jpeg", "buffer": base64.b64decode(photograph(1000).split(",")[1])}
+    started = time.perf_counter()
+    tab.goto(f"{site}nbs/index.html")
+    with tab.expect_file_chooser() as chooser:
+        tab.get_by_label("a picture of your own").click()
+    chooser.value.set_files(picture)
+    tab.get_by_text(re.compile("^your picture: .*Live,")).wait_for()
+    return {"clicks": tab.evaluate("clicks"), "seconds": time.perf_counter() - started}
+
+
+def weigh(browser, site, page):
+    """What one page takes with nothing in the cache, and what is wrong with it in both themes and on a phone."""
+    paints = []
+    for _ in range(3):
+        with browser.new_page(viewport={"width": 1280, "height": 800}) as tab:
+            visit(watch(tab), f"{site}{page}")
+            paints.append(tab.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime"))
+            found = {"bytes": count_bytes(tab, site, HTML), "requests": len(tab.asked), "first_paint_ms": statistics.median(paints), "axe": 0}
+            if len(paints) == 3:
+                for theme in ("light", "dark"):
+                    tab.emulate_media(color_scheme=theme)
+                    found["axe"] += len(broken_rules(tab))
+                tab.set_viewport_size({"width": 390, "height": 844})
+                found["sideways"] = max(0, tab.evaluate("document.documentElement.scrollWidth") - 390)
+    return found
+
+
+def weigh_book(browser):
+    """The newcomer's way, by the median of several, and every page."""
+    with serve(HTML) as site:
+        ways = []
+        for _ in range(LOADS):
+            with browser.new_page() as tab:
+                ways.append(newcomer(tab, site))
+        pages = sorted(path.relative_to(HTML).as_posix() for path in HTML.glob("nbs/**/*.html"))
+        return {"newcomer": {"clicks": ways[0]["clicks"], "seconds": statistics.median(way["seconds"] for way in ways), "of": LOADS},
+                "pages": {page: weigh(browser, site, page) for page in pages}}
+
+
 def main():
     from convmixer_edu.data import book_source, load_images
     data = load_images(book_source(), "test", limit=100)
     images = data.images if data.images.shape[1] == 3 else sample_pictures()[0]
     with chromium() as browser:
-        record = measure(images, browser.new_page())
+        record = {"load": os.getloadavg()[0], "cores": os.cpu_count(), **measure(images, browser.new_page()), **weigh_book(browser)}
     (ROOT / "results" / "browser.json").write_text(json.dumps(record, indent=1) + "\n", "utf8")
     json.dump(record, sys.stdout, indent=1)
 

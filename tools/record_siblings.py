@@ -31,7 +31,7 @@ from convmixer_edu.isotropic import MLPMixer, ResMLP, ViT
 from convmixer_edu.machine import choose_device, choose_precision, keep_freed_memory, make_scaler, train_step, who_ran
 from convmixer_edu.model import ConvMixer
 from convmixer_edu.recipe import PRESETS, learning_rate, make_optimizer
-from convmixer_edu.train import picks, steps_per_epoch
+from convmixer_edu.train import picks
 
 SCALES = {  # seconds a run, seconds a trial of a rate, and the arms: images of 32 pixels
     "quick": (60.0, 20.0, {
@@ -113,7 +113,7 @@ def fit(build, data, test, lr, eps, seed, steps, device, shuffle=False):
     """Train for so many steps; return what a record holds of it."""
     model, loader, c, stats, dtype = contestant(build, data, seed, device, shuffle, lr=lr, eps=eps)
     optimizer, scaler = make_optimizer(model, c), make_scaler(device, dtype)
-    an_epoch, done, history, sums, started = steps_per_epoch(len(data), c.batch_size), 0, [], [], time.monotonic()
+    an_epoch, done, history, sums, started = len(picks(len(data), c, 0)), 0, [], [], time.monotonic()
     while done < steps:
         for x, y in batches(loader, c, done // an_epoch, done % an_epoch):
             for group in optimizer.param_groups:

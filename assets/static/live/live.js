@@ -34,17 +34,23 @@ class Live {
     this.start.onclick = event => { // the second half of a double click cancels nothing
       if (event.detail < 2) this.worker ? this.stop() : this.wake()
     }
-    this.stored.after(this.start, this.progress, this.status)
+    this.file = make("input", { type: "file", accept: "image/*",
+      onchange: () => this.file.files[0] && this.own(this.file.files[0]) })
+    this.door = make("label", { className: "live-own" }, "or a picture of your own: choose, drop or paste ", this.file)
+    this.stored.after(this.start, this.door, this.progress, this.status)
     addEventListener("paste", event => {
       const file = event.clipboardData?.files[0], typing = event.target.matches?.("[type=text], [type=search], textarea")
-      if (file && this.panel && !typing) this.own(file)
+      if (file && !typing) this.own(file)
     })
+    figure.ondragover = event => event.preventDefault()
+    figure.ondrop = event => { event.preventDefault(); this.own(event.dataTransfer.files[0]) }
   }
 
   stop(sentence = "") {
     this.worker?.terminate()
-    this.shell?.remove()
-    this.worker = this.panel = this.wanted = this.figure.ondragover = this.figure.ondrop = null
+    this.shell?.forEach(part => part.remove())
+    this.worker = this.panel = this.wanted = null
+    this.file.value = ""
     this.stored.hidden = this.start.hidden = false
     this.progress.hidden = true
     this.status.textContent = sentence
@@ -87,12 +93,10 @@ class Live {
     const pictures = [...this.stored.querySelectorAll("img")], name = `live-${Math.random()}`
     this.choices = make("div", { className: "live-choices", aria: { role: "radiogroup", "aria-label": "pictures" } })
     for (const [i, img] of pictures.entries()) {
-      const radio = make("input", { type: "radio", name, onchange: () => this.take(img), aria: { "aria-label": img.alt } })
+      const radio = make("input", { type: "radio", name, onchange: () => { this.file.value = ""; this.take(img) }, aria: { "aria-label": img.alt } })
       this.choices.append(make("label", {}, radio, Object.assign(img.cloneNode(), { alt: "" })))
       if (!i) radio.checked = true
     }
-    this.file = make("input", { type: "file", accept: "image/*",
-      onchange: () => this.file.files[0] && this.own(this.file.files[0]) })
     this.canvas = make("canvas", { className: "live-picture", width: 320, height: 320, aria: { role: "img" } })
     this.mix = make("input", { type: "checkbox", onchange: () => this.ask() })
     this.bars = make("ol", { className: "live-bars" })
@@ -104,34 +108,36 @@ class Live {
     this.panel = make("div", { className: "live-panel" },
       make("div", {}, this.canvas, make("label", { className: "live-switch" }, this.mix, " shuffle the patches")),
       make("div", {}, this.bars, make("label", { className: "live-stage" }, this.stageName, this.slider), this.maps))
-    this.shell = make("div", {}, this.choices,
-      make("label", { className: "live-own" }, "or a picture of your own: choose, drop or paste ", this.file),
-      sketch(this.echo, canvas => { this.file.value = ""; this.own(canvas, "your drawing") }), this.panel)
-    this.figure.prepend(this.shell)
+    this.shell = [this.choices, sketch(this.echo, canvas => { this.file.value = ""; this.own(canvas, "your drawing") }), this.panel]
+    this.door.before(this.choices)
+    this.door.after(...this.shell.slice(1))
     if (document.activeElement === this.start) this.choices.querySelector("input").focus()
     this.stored.hidden = this.start.hidden = this.progress.hidden = true
-    this.figure.ondragover = event => event.preventDefault()
-    this.figure.ondrop = event => { event.preventDefault(); this.own(event.dataTransfer.files[0]) }
+    const wanted = this.wanted
     this.take(pictures[0])
+    if (wanted) this.own(wanted)
   }
 
   take(img) {
     Object.assign(this, { wanted: img, name: img.alt, given: bytes(img, this.shape.size), mine: false })
-    this.file.value = ""
     this.ask()
   }
 
+  /** A picture that somebody gives: one that comes first wakes the network and waits for it */
   async own(file, name = "your picture") {
     this.wanted = file
     try {
       const picture = await createImageBitmap(file)
       if (this.wanted !== file) return // another one was chosen meanwhile
+      if (!this.panel) return this.worker || this.wake()
       this.choices.querySelectorAll("input").forEach(radio => { radio.checked = false })
       Object.assign(this, { name, given: bytes(picture, this.shape.size), mine: true })
       picture.close()
       this.ask()
     } catch {
-      if (this.wanted === file) this.status.textContent = "That file is no picture this browser can read."
+      if (this.wanted !== file) return
+      this.wanted = null
+      this.status.textContent = "That file is no picture this browser can read."
     }
   }
 

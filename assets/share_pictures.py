@@ -1,4 +1,4 @@
-"""Draw README.md's picture, and those that a shared link shows, from recorded runs: python assets/readme_picture.py"""
+"""Draw the pictures that a shared link shows, from recorded runs: python assets/share_pictures.py"""
 
 import io
 import re
@@ -8,14 +8,12 @@ from textwrap import shorten
 import torch
 from book_site import ROOT, parts, picture
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from convmixer_edu.inference import load_run
 from convmixer_edu.ledger import pretrained_run, read_record, results_folder
-from convmixer_edu.visualize import PALETTE, axes
 
 RUN = "quick8-covariance-seed0"
-INK = "#7d8590"  # legible on white and on black
 
 
 def filters(run, rows, columns):
@@ -39,15 +37,17 @@ def share(name, title, lines, small):
     fig.text(0.05, 0.08, small, color="#7db5ff", size=20, va="bottom")
     file = io.BytesIO()
     fig.savefig(file, facecolor=fig.get_facecolor())
-    Image.open(file).convert("RGB").quantize(128).save(ROOT / "assets" / "static" / name, optimize=True)
+    note = PngImagePlugin.PngInfo()
+    note.add_text("shows", f"{title}\n{lines}\n{small}")
+    Image.open(file).convert("RGB").quantize(128).save(ROOT / "assets" / "static" / name, optimize=True, pnginfo=note)
 
 
-def share_all():
-    """Draw one for the first page and one for each part of the book, with the titles of its pages."""
+def words():
+    """Return what stands on each picture, {name: (title, lines, small)}: the first page's, and one for each part with its pages' titles."""
     run = read_record(pretrained_run().name)
-    share("share.png", "Was it the attention,\nor the patches?", "\nConvMixer, built from the paper:\na book that runs",
-          f"{run['test_accuracy']:.1f} % on CIFAR-10, in {run['seconds']:.0f} seconds on a GPU,\n"
-          "and the network answers in your browser")
+    told = {"share.png": ("Was it the attention,\nor the patches?", "\nConvMixer, built from the paper:\na book that runs",
+                          f"{run['test_accuracy']:.1f} % on CIFAR-10, in {run['seconds']:.0f} seconds on a GPU,\n"
+                          "and the network answers in your browser")}
     inside = {}
     for page, part in parts().items():
         file = next((ROOT / "nbs").glob(f"{Path(page).name}.*"))
@@ -55,29 +55,10 @@ def share_all():
         inside.setdefault(part, [picture(page)]).append(shorten(title.split(":")[0], 42, placeholder=" ..."))
     for part, (name, *titles) in inside.items():
         more = f"\nand {len(titles) - 6} more" if len(titles) > 7 else ""
-        share(name, part, "\n".join(titles[:6 if more else 7]) + more, "ConvMixer, built from the paper")
-
-
-def main():
-    run = read_record(RUN)
-    wall = filters(results_folder() / RUN, 4, 12)
-    fig, (left, right) = axes(1, 2, width=9, height=2.4, width_ratios=[2, 1])
-    left.imshow(wall)
-    left.set(xticks=[], yticks=[], title="what the patch embedding learned")
-    left.spines[:].set_visible(False)
-    epochs = [line["epoch"] for line in run["metrics"]]
-    right.plot(epochs, [line["loss"] for line in run["metrics"]], "o-", color=PALETTE[0])
-    right.set(xlabel="epoch", ylabel="training loss", xticks=epochs,
-              title=f"{run['test_accuracy']:.1f} % on CIFAR-10, {run['seconds']:.0f} s, two cores")
-    for ax in (left, right):
-        ax.title.set_color(INK)
-        ax.xaxis.label.set_color(INK)
-        ax.yaxis.label.set_color(INK)
-        ax.tick_params(colors=INK)
-        ax.spines[:].set_edgecolor(INK)
-    fig.savefig(Path(__file__).parent / "static" / "run.png", dpi=160, transparent=True)
+        told[name] = part, "\n".join(titles[:6 if more else 7]) + more, "ConvMixer, built from the paper"
+    return told
 
 
 if __name__ == "__main__":
-    main()
-    share_all()
+    for name, told in words().items():
+        share(name, *told)

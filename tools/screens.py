@@ -1,0 +1,53 @@
+"""Pictures of the built book's first page and of five chapters, on a desktop and a phone, light and dark: python tools/screens.py [FOLDER]
+
+With --readme instead: the picture of README.md, the first page with its network awake. Needs Chromium, and the book from `make book`.
+"""
+
+import io
+import sys
+from pathlib import Path
+
+from browser import chromium, serve, visit
+from PIL import Image, PngImagePlugin
+
+ROOT = Path(__file__).resolve().parent.parent
+HTML = ROOT / "_build" / "html"
+HOME = "nbs/index"
+PAGES = (HOME, "nbs/00_start", "nbs/01_question", "nbs/03_model", "nbs/05_training", "nbs/08_related")
+SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
+README = ROOT / "assets" / "static" / "first-page.png"
+SHOWS = "[...document.querySelectorAll('article h1, .landing')].map(part => part.firstChild.textContent).join(' ')"
+
+
+def take_all(browser, address, folder):
+    """Take each page in each size and theme: PAGE-SIZE-THEME.png, what is seen before anybody scrolls."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for size, (width, height) in SIZES.items():
+        for theme in ("light", "dark"):
+            with browser.new_page(viewport={"width": width, "height": height}, color_scheme=theme) as tab:
+                for page in PAGES:
+                    visit(tab, f"{address}{page}.html")
+                    tab.screenshot(path=folder / f"{Path(page).name}-{size}-{theme}.png")
+
+
+def take_readme(browser, address):
+    """Take the first page as a reader sees it who has woken the network; the file remembers the words it shows."""
+    with browser.new_page(viewport={"width": 1280, "height": 800}) as tab:
+        visit(tab, f"{address}{HOME}.html")
+        tab.get_by_role("button", name="Wake").click()
+        tab.locator(".live-bars li").first.wait_for()
+        note = PngImagePlugin.PngInfo()
+        note.add_text("shows", tab.evaluate(SHOWS))
+        Image.open(io.BytesIO(tab.screenshot())).convert("RGB").quantize(256).save(README, optimize=True, pnginfo=note)
+
+
+def main():
+    with chromium() as browser, serve(HTML) as address:
+        if sys.argv[1:] == ["--readme"]:
+            take_readme(browser, address)
+        else:
+            take_all(browser, address, Path(sys.argv[1] if sys.argv[1:] else ROOT / "_build" / "screens"))
+
+
+if __name__ == "__main__":
+    main()
