@@ -338,7 +338,7 @@ class Tally:
     "What is known so far about a network's answers, also in a file"
 
     def __init__(self, file: Path | None = None):
-        found = read_cache(file)[0] if file else {}  # of an earlier, killed call
+        found = read_cache(file)[0] if file else {}  # a killed call's
         self.file = file
         self.rows = found.get("rows", torch.zeros(0, 4, dtype=torch.float64))
 

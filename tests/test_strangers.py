@@ -306,9 +306,9 @@ import os, sys, torch
 from pathlib import Path
 from convmixer_edu import data
 images = torch.full((60, 3, 64, 64), int(sys.argv[1]), dtype=torch.uint8)
-print("ready", flush=True)
 while True:
     data.write_cache(data.private_folder() / "x.safetensors", {"images": images}, {})
+    print("ready", flush=True)
 """
 
 
