@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -87,7 +87,7 @@ def written_aside(
             os.fsync(handle.fileno())
         os.replace(aside, file)
         sync_folder(file.parent)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(
             f"{file} could not be written ({brief(error)}): make room or "
             "choose another folder; what is there now is whole") from None
@@ -160,8 +160,8 @@ def write_checkpoint(
     tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
     text = json.dumps(meta, sort_keys=True)
     head = {"checkpoint": f"{_digest(tensors, text)} {text}"}  # in one: the
-    with written_aside(Path(path)) as aside:  # order of two varies
-        save_file(tensors, aside, head)
+    # order of two varies; save_file would leave files of its own if killed
+    write_atomically(path, save(tensors, head))
 
 # %% ../nbs/W4_checkpoint.ipynb #db9e5ec8
 def read_checkpoint(
