@@ -1,9 +1,12 @@
 """Pictures of the built book's first page and of five chapters, on a desktop and a phone, light and dark: python tools/screens.py [FOLDER]
 
-With --readme instead: the picture of README.md, the first page with its network awake. Needs Chromium, and the book from `make book`.
+With --readme instead: the picture of README.md, the first page with its network awake. Its photographs are then scikit-learn's:
+CIFAR-10's are not ours to pass on. Needs Chromium, and the book from `make book`.
 """
 
 import io
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -32,7 +35,16 @@ def take_all(browser, address, folder):
 
 def take_readme(browser, address):
     """Take the first page as a reader sees it who has woken the network; the file remembers the words it shows."""
+    os.environ["CONVMIXER_DATA"] = "digits"  # as where CIFAR-10 is not at hand
+    from convmixer_edu.inference import load_run
+    from convmixer_edu.ledger import pretrained_run
+    from convmixer_edu.live import live_html, sample_pictures
+    ours = live_html(*load_run(pretrained_run()), *sample_pictures())
+    page = (HTML / f"{HOME}.html").read_text("utf8")
+    page, count = re.subn(r'(?s)<figure class="live">.*?</figure>', lambda found: ours, page)
+    assert count == 1
     with browser.new_page(viewport={"width": 1280, "height": 800}, reduced_motion="reduce") as tab:
+        tab.route(f"**/{HOME}.html", lambda route: route.fulfill(body=page, content_type="text/html"))
         visit(tab, f"{address}{HOME}.html")
         tab.get_by_role("button", name="Wake").click()
         tab.locator(".live-bars li").first.wait_for()
