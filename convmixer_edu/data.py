@@ -527,10 +527,12 @@ def _decode(pictures, limit, size):
     "All pictures, or a stratified `limit` of them, in one ImageSet."
     n, images = len(pictures), None
     index = stratified_index(pictures.labels, min(limit or n, n))
-    watched = sys.stderr.isatty() or "google.colab" in sys.modules
-    for slot, i in enumerate(track(
-            index.tolist(), "decoding", console=Console(stderr=True),
-            transient=True, disable=len(index) < 5000 or not watched)):
+    order = index.tolist()
+    if len(order) >= 5000 and (sys.stderr.isatty()  # else it is soon done, or
+                               or "google.colab" in sys.modules):  # unseen
+        order = track(order, "decoding", console=Console(stderr=True),
+                      transient=True)
+    for slot, i in enumerate(order):
         name, file = pictures[i]
         picture = read_image(file, size, name=name)
         if images is None:

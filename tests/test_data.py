@@ -725,6 +725,12 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, place):
     assert not cache_files(tmp_path)
 
 
+def test_nobody_watches_so_there_is_no_bar(tmp_path, monkeypatch):
+    class_folders(tmp_path / "pets")
+    monkeypatch.delattr("convmixer_edu.data.track")  # before rich 15 a bar that is switched off leaves an empty line
+    assert len(load_images(tmp_path / "pets")) == 12
+
+
 def test_a_cache_folder_that_cannot_be_made(tmp_path, monkeypatch, capsys):
     class_folders(tmp_path / "pets")
     (tmp_path / "blocked").write_text("a file where the folder should be")
