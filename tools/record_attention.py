@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from convmixer_edu.checkpoint import write_json
-from convmixer_edu.machine import who_ran
+from convmixer_edu.machine import keep_freed_memory, who_ran
 
 PAGE = Path(__file__).resolve().parent.parent / "nbs" / "01_question.ipynb"
 
@@ -24,6 +24,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # or the matrix is sometimes new to the process, and sometimes not
     page = {"torch": torch, "F": F, "time": time, "h": 64, "k": 9}
     for cell in json.loads(PAGE.read_text("utf8"))["cells"]:
         source = "".join(cell["source"])
