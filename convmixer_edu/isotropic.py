@@ -52,7 +52,7 @@ def isotropic(
     dim: int,  # width, h
     num_classes: int,  # n
 ) -> nn.Sequential:  # images (B, c, H, W) -> logits (B, n)
-    """The sentence that the four papers share (Sec. 4)"""
+    """The design that the four papers share (Sec. 4)"""
     return named(stem=stem, blocks=nn.Sequential(*blocks), norm=norm,
                  pool=MeanOverPositions(), head=nn.Linear(dim, num_classes))
 
