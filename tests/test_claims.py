@@ -68,7 +68,8 @@ def test_a_link_shows_the_value_and_its_title_says_what_is_weak():
     for c in claims().values():
         link, weak = c.link(), c.confidence in ("recalled", "derived")
         title, shown = link.partition(">")[0], link.partition(">")[2]
-        assert shown == f"{html.escape(c.text)}</a>" and f"#{c.id}" in title
+        assert shown.replace("\xa0", " ") == f"{html.escape(c.text)}</a>" and f"#{c.id}" in title
+        assert c.number is None or " " not in shown  # a number and its unit stay on one line
         assert (html.escape(MARKS[c.confidence]) in title) == weak
         assert not weak or not any(word in c.text for word in ("recalled", "derived"))
 
