@@ -340,10 +340,11 @@ def _show_run(result):
     "What a run gave, for people"
     from convmixer_edu.watch import clock
     most = result.get("peak_memory_mb")  # None on Windows
+    passes = "epoch" if result["config"]["epochs"] == 1 else "epochs"
     _facts({**result["config"], **result, "took": clock(result["seconds"])},
            test_accuracy="{test_accuracy:.2f} % of {test_images:,} images",
            model="{dim}/{depth}, kernel {kernel_size}, patch {patch_size}",
-           training="{epochs} epochs, {steps:,} steps in {took}",
+           training=f"{{epochs}} {passes}, {{steps:,}} steps in {{took}}",
            speed="{images_per_second:,.0f} images/s in {precision}",
            **{"memory": "{peak_memory_mb:,} MB at most"} if most else {},
            device="{device}", folder="{run}")
