@@ -79,6 +79,14 @@ def test_toc_lists_every_notebook():
 
 
 @by_name
+def test_the_first_page_has_a_card_with_the_title(path):
+    if path.stem != "index":
+        title = cells(path, "markdown")[0].split("\n")[0].removeprefix("# ")
+        card = f"- [{title}]({path.name}) "
+        assert card in "\n".join(cells(ROOT / "nbs" / "index.ipynb", "markdown")), f"write a card into nbs/index.ipynb: {card}..."
+
+
+@by_name
 def test_form_of_a_chapter(path):
     notebook = json.loads(path.read_text("utf8"))
     first = notebook["cells"][0]
