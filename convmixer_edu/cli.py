@@ -340,10 +340,11 @@ def _show_run(result):
     "What a run gave, for people"
     from convmixer_edu.watch import clock
     most = result.get("peak_memory_mb")  # None on Windows
+    passes = "epoch" if result["config"]["epochs"] == 1 else "epochs"
     _facts({**result["config"], **result, "took": clock(result["seconds"])},
            test_accuracy="{test_accuracy:.2f} % of {test_images:,} images",
            model="{dim}/{depth}, kernel {kernel_size}, patch {patch_size}",
-           training="{epochs} epochs, {steps:,} steps in {took}",
+           training=f"{{epochs}} {passes}, {{steps:,}} steps in {{took}}",
            speed="{images_per_second:,.0f} images/s in {precision}",
            **{"memory": "{peak_memory_mb:,} MB at most"} if most else {},
            device="{device}", folder="{run}")
@@ -423,7 +424,7 @@ def ablate_command(
 def _show_differences(rows, result):
     "The same for people"
     _table([row.cells for row in rows], (
-        "change", "paper", "ours", "95 % interval", "runs", "verdict"))
+        "change", "verdict", "paper", "ours", "95 % interval", "runs"))
     left, done = result["left"], result["done"]
     if left:
         print(f"\n{left} of {left + done} runs are left: the same command "
@@ -557,7 +558,7 @@ def export_command(
 def _show_export(result):
     "What was written, how far it is off, how long an answer takes"
     _table([(f["file"], f"{f['bytes'] / 1e6:.2f} MB",
-             f"off by {f['difference']:.0e} at most") for f in result["files"]])
+             f"off by {f['difference']:.1g} at most") for f in result["files"]])
     print()
     _table([(row["way"], str(row["images"]), f"{1000 * row['seconds']:.2f}",
              f"{1000 * row['least']:.2f} to {1000 * row['most']:.2f}")

@@ -65,7 +65,7 @@ def step_bytes(
     work: Workload,
     dtype: torch.dtype = torch.float32,  # of the activations
 ) -> int:
-    "What one step must at least carry between memory and processor"
+    "What a step carries between memory and processor if written well"
     w, size = work, dtype.itemsize
     times = {"depthwise unit": w.depth, "pointwise unit": w.depth}
     visits = sum(times.get(part, 1) * (sum(n[1:]) if w.train else n[0])

@@ -244,16 +244,16 @@ class Row:
 
     @property
     def cells(self) -> list[str]:
-        "The same in words: change, paper, ours, interval, runs, verdict"
+        "The same in words: change, verdict, paper, ours, interval, runs"
         c, ours = self.contrast, self.ours
         change = " against ".join(ARMS[name].words for name in (
             c.arm, c.against) if name != "baseline")
         paper = "" if self.paper is None else f"{self.paper:+.2f}"
         if ours is None:
-            return [change, paper, "", "", "0", self.word]
+            return [change, self.word, paper, "", "", "0"]
         between = f"{ours.low:+.2f} to {ours.high:+.2f}"
-        return [change, paper, f"{ours.mean:+.2f}",
-                between if ours.n > 1 else "one run", str(ours.n), self.word]
+        return [change, self.word, paper, f"{ours.mean:+.2f}",
+                between if ours.n > 1 else "one run", str(ours.n)]
 
 
 def rows(
@@ -280,13 +280,13 @@ def differences(
 ):
     "A table's differences as Markdown: the paper's, ours, the verdict"
     from IPython.display import Markdown
-    lines = ["| change | the paper, points | ours, points | 95 % interval "
-             "| runs | |", "|:--|--:|--:|--:|--:|:--|"]
+    lines = ["| change | verdict | the paper, points | ours, points "
+             "| 95 % interval | runs |", "|:--|:--|--:|--:|--:|--:|"]
     for row in rows(table, scale, results):
-        change, paper, *ours = row.cells
+        change, word, paper, *ours = row.cells
         source = row.contrast.claim or ARMS[row.contrast.arm].claim
         paper = claim(source).link(paper) if paper else "not in the paper"
-        lines.append(f"| {' | '.join([change, paper, *ours])} |")
+        lines.append(f"| {' | '.join([change, word, paper, *ours])} |")
     return Markdown("\n".join(lines))
 
 # %% ../nbs/W11_sweep.ipynb #d95b1f39

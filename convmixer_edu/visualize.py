@@ -79,6 +79,9 @@ def _drawn(fig, alt, known, look=""):
         f'fill:currentColor;font-family:Inter,sans-serif{look}"', 1)
 
 # %% ../nbs/C_weights.ipynb #a6e2e30e
+MONO = " font-family: JetBrains Mono, monospace;"  # as the page's code
+
+
 def _lighter(text, alt, known):
     "SVG without what a page does not need, its colours the page's"
     # One page holds many figures: ids that nothing asks for would repeat.
@@ -89,7 +92,7 @@ def _lighter(text, alt, known):
         for i, colour in enumerate(map(str.lower, PALETTE), 1):
             words = words.replace(colour, f"var(--fig-{i}, {colour})")
         words = re.sub(r' font-family: [^;]+;| (width|height)="[\d.]+pt"',
-                       "", words)
+                       lambda part: MONO * ("Mono" in part[0]), words)
         words = re.sub(r' id="([^"]*)"',
                        lambda id: id[0] * (id[1] in used), words)
         if words.startswith("<image"):

@@ -52,6 +52,6 @@ def test_chapter_runs(path, running):
 def test_chapter_has_exercises(path):
     notebook = json.loads(path.read_text("utf8"))
     posed = [cell for cell in notebook["cells"] if re.match(r"\*\*\d+\.", "".join(cell["source"]))]
-    assert 3 <= len(posed) <= 5
+    assert 3 <= len(posed) <= 5, f"{len(posed)} exercises, expected three to five: cells that begin with `**1. Predict, then run.**`"
     assert all("<details>" in "".join(cell["source"]) for cell in posed), "an exercise without a folded solution"
     assert len(exercises(notebook)) >= 2, "fewer than two exercises are checked"

@@ -12,6 +12,7 @@ import pytest
 import convmixer_edu
 from convmixer_edu import claims as module
 from convmixer_edu.claims import MARKS, NUMBER, Claim, Verdict, claim, claims, compared, verdict
+from convmixer_edu.compare import images_on_gpu, published
 from convmixer_edu.exercises import check, same
 
 FILE = Path(convmixer_edu.__file__).with_name("claims.csv")
@@ -68,7 +69,8 @@ def test_a_link_shows_the_value_and_its_title_says_what_is_weak():
     for c in claims().values():
         link, weak = c.link(), c.confidence in ("recalled", "derived")
         title, shown = link.partition(">")[0], link.partition(">")[2]
-        assert shown == f"{html.escape(c.text)}</a>" and f"#{c.id}" in title
+        assert shown.replace("\xa0", " ") == f"{html.escape(c.text)}</a>" and f"#{c.id}" in title
+        assert c.number is None or " " not in shown  # a number and its unit stay on one line
         assert (html.escape(MARKS[c.confidence]) in title) == weak
         assert not weak or not any(word in c.text for word in ("recalled", "derived"))
 
@@ -90,6 +92,15 @@ def test_a_verdict_can_be_the_other_one(monkeypatch):
     assert verdict("m-macs").word == "differs"
     monkeypatch.setattr(module, "_equal_to_timm", lambda: (1e-3, {(1,), (2,)}))
     assert verdict("p-block").word == "fails" and verdict("p-isotropic").word == "fails"
+
+
+def test_speeds_are_compared_at_equal_images_and_a_page_is_held_to_its_code(monkeypatch):
+    row = published("resnet50.a1_in1k")  # timed at 288 pixels
+    assert images_on_gpu(row, "RTX 4090") == row.img_per_s_rtx4090_amp_nhwc * (288 / 224) ** 2
+    assert verdict("a-throughput").ours == "5.9 to 9.4 times slower" and verdict("a-throughput").word == "holds"
+    assert verdict("o-keras").word == "differs" and verdict("o-keras").ours == "0.594"
+    monkeypatch.setattr(module, "images_on_gpu", lambda row, gpu: 1.0)
+    assert verdict("a-throughput").word == "fails"
 
 
 def test_answers_are_compared_as_people_would():

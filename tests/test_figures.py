@@ -53,6 +53,14 @@ def test_no_letter_is_smaller_than_nine_points():
     assert len(sizes) > 5 and min(sizes) * shown >= 11.9  # pixels of a screen, 96 to the inch
 
 
+def test_code_in_a_figure_is_set_in_the_font_of_code():
+    fig, ax = axes(width=2)
+    ax.set_title("class R", family="monospace")
+    ax.set_xlabel("words")
+    text = svg(fig, "A line of code")
+    assert [">class R<" in tag for tag in re.findall(r"<text.*font-family: JetBrains Mono, .*", text)] == [True]
+
+
 def pictures(text):
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
             for data in re.findall(r"data:image/\w+;base64,([^\"]+)", text)]

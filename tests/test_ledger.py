@@ -1,10 +1,13 @@
 """The ledger: what is recorded is sealed, never written over, and what the book shows is there."""
 
+import ast
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
+import prose
 import pytest
 import torch
 from conftest import ROOT
@@ -229,3 +232,18 @@ def test_a_run_with_a_pipe_in_it_is_not_waited_for(finished):
     os.mkfifo(finished / "metrics.jsonl")
     with pytest.raises(CheckpointError, match="is not what the run wrote"):
         check_run(finished)
+
+
+def test_the_list_of_runs_names_every_page_that_reads_one():
+    cell = next(cell for cell in prose.cells(ROOT / "nbs/W10_records.ipynb", "code") if "\nuse = {" in cell)
+    use = next(ast.literal_eval(part.value) for part in ast.parse(cell).body
+               if isinstance(part, ast.Assign) and part.targets[0].id == "use")
+    used = {kind: set(pages.split()) for kind, pages in use.items()}
+    found = {kind: set() for kind in ("256-8", "light25", "quick8", "quick", "siblings")}
+    for path in sorted((ROOT / "nbs").glob("*.ipynb")):
+        code = "\n".join(prose.cells(path, "code"))
+        for kind in {*re.findall(r"""["'](256-8|light25|quick8?)-""", code), *re.findall('"(siblings)"', code),
+                     *["light25"] * ("pretrained_run()" in code)} - ({"siblings"} if path.stem == "W10_records" else set()):
+            found[kind].add(path.stem)
+    assert {kind: found[kind] - used[kind] for kind in found} == dict.fromkeys(found, set())
+    assert all((ROOT / f"nbs/{page}.ipynb").exists() for pages in used.values() for page in pages)

@@ -57,10 +57,11 @@ def test_every_module_has_one_notebook():
     for path in NOTEBOOKS:
         for module in re.findall(r"^#\|\s*default_exp\s+(\S+)", "\n".join(cells(path)), re.M):
             homes.setdefault(module, []).append(path.name)
-    assert all(len(names) == 1 for names in homes.values()), f"written in several notebooks: {homes}"
+    assert all(len(names) == 1 for names in homes.values()), "one `#| default_exp` in several notebooks: " + str(
+        {module: names for module, names in homes.items() if len(names) > 1})
     modules = {path.stem for path in (ROOT / "convmixer_edu").glob("*.py")} - {"__init__", "__main__", "_modidx"}  # the first two by hand
     assert not modules - set(homes), f"no notebook has a `#| default_exp` for {sorted(modules - set(homes))}"
-    assert not set(homes) - modules, f"run nbdev_export for {sorted(set(homes) - modules)}"
+    assert not set(homes) - modules, f"run nbdev_export for {sorted(set(homes) - modules)}; a chapter without `#| export` has no `#| default_exp`"
 
 
 def test_notebooks_are_clean(tmp_path):
@@ -78,13 +79,22 @@ def test_toc_lists_every_notebook():
 
 
 @by_name
+def test_the_first_page_has_a_card_with_the_title(path):
+    if path.stem != "index":
+        title = cells(path, "markdown")[0].split("\n")[0].removeprefix("# ")
+        card = f"- [{title}]({path.name}) "
+        assert card in "\n".join(cells(ROOT / "nbs" / "index.ipynb", "markdown")), f"write a card into nbs/index.ipynb: {card}..."
+
+
+@by_name
 def test_form_of_a_chapter(path):
     notebook = json.loads(path.read_text("utf8"))
     first = notebook["cells"][0]
-    assert first["cell_type"] == "markdown" and "".join(first["source"]).startswith("# ")
+    assert first["cell_type"] == "markdown" and "".join(first["source"]).startswith("# "), "the first cell is the title: `# W16. A lamp`"
     start = [source for source in cells(path)[:2] if not source.startswith("#| default_exp")]
-    assert start[0] == first_cell(settings(ROOT)), "run python tools/first_cell.py"
-    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook["cells"])
+    assert start[0] == first_cell(settings(ROOT)), "the cell for Colab is not there, or another: copy it, run python tools/first_cell.py"
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook["cells"]), (
+        "clear all outputs in the editor: nbdev_clean leaves them")
     wide = [line for source in cells(path) for line in source.split("\n")  # a caption is no code
             if len(line) > 80 and not line.startswith("#| fig-cap:")]
     assert not wide, f"code of more than 80 columns: {wide}"
@@ -94,8 +104,10 @@ def test_form_of_a_chapter(path):
 def test_answers_are_out_of_sight_in_colab(path):
     for cell in json.loads(path.read_text("utf8"))["cells"]:
         if number := re.match(r"#\|\s*check:\s*(\d+)\n", "".join(cell["source"])):
-            assert cell["source"][1] == f'#@title Check exercise {number[1]} {{ display-mode: "form" }}\n'
-            assert cell["metadata"]["cellView"] == "form"
+            title = f'#@title Check exercise {number[1]} {{ display-mode: "form" }}\n'
+            assert cell["source"][1] == title, f"the second line of the check of exercise {number[1]} is not {title}"
+            assert cell["metadata"].get("cellView") == "form", (
+                f'the cell of the check of exercise {number[1]} lacks "cellView": "form" in its metadata')
 
 
 @by_name
@@ -124,15 +136,17 @@ def test_modules_import_only_from_below():
     """The floors and the table that CONTRIBUTING.md shows are those of the code."""
     text = (ROOT / "CONTRIBUTING.md").read_text("utf8")
     floors = {name: int(level) for level, names in re.findall(r"^(\d)  (.+)$", text, re.M) for name in names.split()}
-    table = re.findall(r"^\| (\w+) \| [^|]* \| (?:`(\w+)\.py`|-)", text, re.M)
+    table = re.findall(r"^\| (\w+) \| [^|]* \| (?:`(\w+)\.py`: |-)", text, re.M)
     chapters, modules = {chapter for chapter, _ in table}, {module for _, module in table if module}
     there = {path.stem for path in NOTEBOOKS}
-    assert not there - chapters, f"write a row into CONTRIBUTING.md's table of chapters for {sorted(there - chapters)}"
+    assert not there - chapters, (f"write a row into CONTRIBUTING.md's table of chapters for {sorted(there - chapters)}: "
+                                  "| chapter | paper | `module.py`: about | or, without a module, | chapter | paper | - (about) |")
     assert not chapters - there, f"CONTRIBUTING.md's table has rows for chapters that are not there: {sorted(chapters - there)}"
-    assert not modules - set(floors), f"write on a floor of CONTRIBUTING.md: {sorted(modules - set(floors))}"
+    assert not modules - set(floors), f"write on a floor of CONTRIBUTING.md, above what they import: {sorted(modules - set(floors))}"
     assert not set(floors) - modules, f"on a floor of CONTRIBUTING.md, but in no row of its table: {sorted(set(floors) - modules)}"
     written = {path.stem for path in (ROOT / "convmixer_edu").glob("[!_]*.py")}
-    assert modules == written, f"CONTRIBUTING.md's table and the package differ in {sorted(modules ^ written)}"
+    assert not written - modules, f"no row of CONTRIBUTING.md's table names the modules {sorted(written - modules)}"
+    assert not modules - written, f"CONTRIBUTING.md's table names modules that are not there: {sorted(modules - written)}"
     for path in (ROOT / "convmixer_edu").glob("[!_]*.py"):
         for below in imported(path, set(floors)):
             assert floors[below] < floors[path.stem], (f"{path.stem} (floor {floors[path.stem]} in CONTRIBUTING.md) imports {below} "

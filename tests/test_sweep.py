@@ -438,6 +438,7 @@ def test_no_arm_is_missing_from_a_table_run_or_not(tmp_path, table):
         assert line.startswith(f"| {arm.words} |") and (not arm.claim or f"#{arm.claim}" in line)
     told = sweep.differences(table, "tiny", tmp_path).data
     assert told.count("not run") == len(sweep.rows(table, "tiny", tmp_path))
+    assert all(line.split(" | ")[1] in ("verdict", ":--", "not run") for line in told.split("\n")[::2])  # what matters stands second
 
 
 def test_the_papers_effects_are_the_claims():

@@ -32,7 +32,7 @@ from torchvision import transforms
 from convmixer_edu import speed, units
 from convmixer_edu.anatomy import count_macs
 from convmixer_edu.augment import Augment
-from convmixer_edu.checkpoint import write_atomically
+from convmixer_edu.checkpoint import write_json
 from convmixer_edu.data import load_images
 from convmixer_edu.depthwise import choose_method
 from convmixer_edu.inference import statistics as image_statistics
@@ -394,7 +394,7 @@ def main():
                 print(f"  {row.get('batch_size', '')!s:4}{row.get('precision', ''):9}{way:32}{statistics.median(speeds):8.1f} "
                       f"({min(speeds):.1f} to {max(speeds):.1f})", flush=True)
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(given.out, (json.dumps(record, indent=1) + "\n").encode())
+        write_json(given.out, record)
 
 
 if __name__ == "__main__":

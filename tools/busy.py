@@ -7,7 +7,6 @@ the machine is. On a machine that does other work besides, `alone` is not alone:
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -89,7 +88,9 @@ def main():
         for others in (0, 4) for way in WAYS]
     record = {"preset": "digits", "threads": 2, "cores": os.cpu_count(), "seconds": args.seconds,
               "machine": platform.machine(), "command": " ".join(["python", *sys.argv]), "medians": medians, "runs": runs}
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    from convmixer_edu.checkpoint import write_json
+
+    write_json(args.out, record)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch
 from browser import broken_rules, chromium, count_bytes, serve, visit, watch
 
 from convmixer_edu.augment import normalize
+from convmixer_edu.checkpoint import write_json
 from convmixer_edu.inference import load_run
 from convmixer_edu.ledger import pretrained_run
 from convmixer_edu.live import photograph, sample_pictures
@@ -119,7 +120,7 @@ def main():
     images = data.images if data.images.shape[1] == 3 else sample_pictures()[0]
     with chromium() as browser:
         record = {"load": os.getloadavg()[0], "cores": os.cpu_count(), **measure(images, browser.new_page()), **weigh_book(browser)}
-    (ROOT / "results" / "browser.json").write_text(json.dumps(record, indent=1) + "\n", "utf8")
+    write_json(ROOT / "results" / "browser.json", record)
     json.dump(record, sys.stdout, indent=1)
 
 
