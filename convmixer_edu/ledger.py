@@ -134,7 +134,7 @@ in, `convmixer predict FOLDER photo.jpg` asks it and
 `convmixer_edu.inference.load_run` loads it.
 
 **Trained on** {source}: {train_images:,} images of {height} x {width} pixels,
-{epochs} epochs, from random first weights ({init}), on {device}.
+{passes}, from random first weights ({init}), on {device}.
 config.json has the whole recipe, metrics.jsonl each epoch, record.json the
 command.
 
@@ -166,6 +166,7 @@ def model_card(
         sizes = [c[n] for n in ("dim", "depth", "kernel_size", "patch_size")]
         told = {"init": "uniform", **c, **setup, **result, "height": height,
                 "width": width, "count": len(classes),
+                "passes": f"{c['epochs']} epoch" + "s" * (c["epochs"] != 1),
                 "classes": ", ".join(classes), "parameters": count_parameters(
                     *sizes, len(classes), setup["channels"])}
         safe = {name: markdown(value) if isinstance(value, str) else value
