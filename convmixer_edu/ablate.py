@@ -163,29 +163,30 @@ SIZES = (  # Table 4
 ARMS = {arm.name: arm for arm in (BASELINE, *PARTS, *SIZES)}
 
 # %% ../nbs/B_ablations.ipynb #75a80bbd
+_SMALL = dict(dim=128, depth=4, kernel_size=5, patch_size=4, batch_size=64)
+_TINY = dict(dim=64, depth=4, kernel_size=5, patch_size=2, batch_size=64,
+             depthwise="groups")
 SCALES = {  # name: how its baseline differs from the paper's recipe
     "paper200": {},
     "light25": dict(kernel_size=5, patch_size=2, epochs=25, batch_size=512),
-    "small": dict(dim=128, depth=4, kernel_size=5, patch_size=4, epochs=12,
-                  batch_size=64),
-    "tiny": dict(dim=64, depth=4, kernel_size=5, patch_size=2, epochs=18,
-                 batch_size=64, limit=2500, depthwise="groups"),
-    "tiny-once": dict(dim=64, depth=4, kernel_size=5, patch_size=2, epochs=1,
-                      batch_size=64, limit=45_000, depthwise="groups"),
-    "tiny-often": dict(dim=64, depth=4, kernel_size=5, patch_size=2,
-                       epochs=176, batch_size=64, limit=256,
-                       depthwise="groups"),
+    "small": dict(_SMALL, epochs=12),
+    "small-more": dict(_SMALL, epochs=48, limit=12_500),
+    "small-often": dict(_SMALL, epochs=192, limit=3125),
+    "tiny": dict(_TINY, epochs=18, limit=2500),
+    "tiny-once": dict(_TINY, epochs=1, limit=45_000),
+    "tiny-often": dict(_TINY, epochs=176, limit=256),
     "try": dict(dim=8, depth=2, kernel_size=3, patch_size=2, epochs=2,
                 batch_size=64, limit=256, depthwise="library",
                 checkpoint_seconds=0.0)}  # seconds; it means nothing
-_TINY = {"dim": {128: 32, 256: 64}, "kernel_size": {8: 5},
-         "depth": {4: 2, 8: 4, 10: 8, 12: 6, 16: 8, 24: 12}}
+_SHALLOW = {"kernel_size": {8: 5},
+            "depth": {4: 2, 8: 4, 10: 8, 12: 6, 16: 8, 24: 12}}
 STAND_INS = {  # scale: setting: the paper's value -> what stands for it
     "paper200": {},
     "light25": {"kernel_size": {8: 5}},
-    "tiny": _TINY,
-    "tiny-once": _TINY, "tiny-often": _TINY,
-    "small": {**_TINY, "dim": {128: 64, 256: 128}},
+    **dict.fromkeys(("small", "small-more", "small-often"),
+                    {**_SHALLOW, "dim": {128: 64, 256: 128}}),
+    **dict.fromkeys(("tiny", "tiny-once", "tiny-often"),
+                    {**_SHALLOW, "dim": {128: 32, 256: 64}}),
     "try": {"dim": {128: 4, 256: 8}, "kernel_size": {8: 3},
             "depth": {4: 1, 8: 2, 10: 5, 12: 3, 16: 4, 24: 6}}}
 

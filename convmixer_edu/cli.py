@@ -37,8 +37,8 @@ def _option(kind, help, *names, **more):
 Preset = Literal["quick", "digits", "light25", "light100", "paper200"]
 Published = Literal["convmixer_1536_20", "convmixer_768_32",
                     "convmixer_1024_20"]
-Scale = Literal["paper200", "light25", "small", "tiny", "tiny-once",
-                "tiny-often", "try"]
+Scale = Literal["paper200", "light25", "small", "small-more", "small-often",
+                "tiny", "tiny-once", "tiny-often", "try"]
 Json = _option(bool, "Print one JSON object, for programs.", "--json")
 Device = _option(str | None, "cpu, cuda, cuda:1, mps; default: a GPU.")
 Images = _option(str | None, "Images: a folder, a dataset on the Hub written "
