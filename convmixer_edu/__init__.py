@@ -4,7 +4,7 @@ import os as _os
 import sys as _sys
 
 if "torch" not in _sys.modules and "OMP_WAIT_POLICY" not in _os.environ:
-    # read when torch loads: threads that wait give way on a busy machine, see nbs/06_machine
+    # read when torch loads: threads that wait give way on a busy machine, see nbs/W5_machine
     _os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 

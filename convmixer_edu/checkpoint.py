@@ -243,9 +243,9 @@ def check_metadata(
     path: Path,  # where it is from
     others: set | None = None,  # names that may be there too; None: any
 ) -> None:
-    "`CheckpointError` naming the first part that is missing or no such thing"
+    "`CheckpointError` naming the first part that is missing or of wrong type"
     for name, kind in kinds.items():
-        what = "no such thing" if name in metadata else "missing"
+        what = "of the wrong type" if name in metadata else "missing"
         ensure(name in metadata and _is_kind(metadata[name], kind),
                f"{path} is damaged ({name} is {what}): {_ANEW}")
     more = set() if others is None else metadata.keys() - {*kinds, *others}

@@ -262,6 +262,7 @@ def cost(
         return Markdown("*Not measured yet.*")
     c = costs[chapter]
     return Markdown(
-        f"*Measured on {c['threads']} cores of {markdown(c['device'])}: "
+        f"*Measured on {c['threads']} core{'s' * (c['threads'] > 1)} of "
+        f"{markdown(c['device'])}: "
         f"{c['seconds']:.0f} seconds from the first cell to the last, "
         f"{c['peak_memory_mb'] / 1024:.1f} GiB of memory at most.*")

@@ -31,7 +31,7 @@ from .distributed import world
 # Before anything else computes: see "Numbers too small to matter". numpy
 # looks at the smallest numbers once, and would warn if it did so afterwards.
 np.finfo(np.float32), np.finfo(np.float64)
-torch.set_flush_denormal(True)
+_ = torch.set_flush_denormal(True)
 
 # %% ../nbs/W5_machine.ipynb #f56bdcd2
 def keep_freed_memory() -> bool:
