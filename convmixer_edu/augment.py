@@ -71,12 +71,21 @@ def _draw_crop(recipe, count, size, generator):
     return np.concatenate(lines, 1)  # (B, H + W)
 
 # %% ../nbs/W2_augment.ipynb #crop0001
+def _look_up(images, places):
+    "Images (B, C, H, W) at places (B, H, W, 2); their borders go on outside"
+    mode = "border"
+    if images.device.type == "mps":  # which has no such mode before 2.13
+        size = places.new_tensor(images.shape[:1:-1])  # W, H
+        places, mode = torch.clamp(places, 1 / size - 1, 1 - 1 / size), "zeros"
+    return F.grid_sample(images, places, padding_mode=mode,
+                         align_corners=False)
+
+
 def _crop(images, lines):
     "Float images (B, C, H, W) looked up at their lines (B, H + W)."
     y, x = lines.split(images.shape[2:], 1)
     grid = torch.broadcast_tensors(x[:, None], y[..., None])  # (B, H, W)
-    return F.grid_sample(images, torch.stack(grid, -1), padding_mode="border",
-                         align_corners=False)
+    return _look_up(images, torch.stack(grid, -1))
 
 # %% ../nbs/W2_augment.ipynb #670614a9
 MATRICES = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
@@ -152,8 +161,7 @@ def _move(f, n, look, nearest, k):
     place, inside = look
     if nearest:
         return torch.where(inside, f.gather(2, place), k.fill)
-    out = F.grid_sample(f.view(-1, *k.shape), place, padding_mode="border",
-                        align_corners=False).flatten(2)
+    out = _look_up(f.view(-1, *k.shape), place).flatten(2)
     out = torch.where(inside, out.add_(1e-3).floor_(), k.fill)  # cuts
     return f.lerp(out, n.moved)
 

@@ -63,8 +63,8 @@ def _begin(version: _option(bool, "Print the version.", "--version",
 # %% ../nbs/W13_command_line.ipynb #8157f112
 _NOT_MEANT = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO,  # the disk
               errno.EROFS, errno.EACCES, errno.EPERM}  # the right to write
-_OPTIONS = {"resume=True": "--resume", "give size=": "give --set image_size=",
-            "the same source": "the same --data",
+_OPTIONS = {"resume=True": "--resume", "the same source": "the same --data",
+            "give size=": "train with --set image_size=",
             "call again to go on": "the same command goes on"}
 
 
@@ -80,7 +80,8 @@ def _explain(error):
     for theirs, ours in _OPTIONS.items():  # the library speaks of arguments
         text = text.replace(theirs, ours)
     if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename} cannot be used: {error.strerror}"
+        text = f"{error.filename or 'the output'} cannot be used: "\
+            f"{error.strerror}"
     if isinstance(error, (ValueError, OSError)):
         cause = error if isinstance(error, OSError) else error.__context__
         return text, 1 if getattr(cause, "errno", None) in _NOT_MEANT else 2
@@ -498,7 +499,7 @@ def predict_command(
     run, seen, bad = pretrained_run() if pretrained else paths[0], [], []
     for image, best in predict_each(run, images, top):
         (bad if isinstance(best, Exception) else seen).append((image, best))
-    if seen:
+    if seen or as_json:
         _answer({"run": str(run), "predictions": [
             {"image": str(image), "classes": [
                 {"class": name, "probability": p} for name, p in best]}
@@ -534,6 +535,8 @@ def export_command(
         ("ONNX Runtime", onnx), ("torch.export", torch_export)) if file}
     _refuse(not files, "nothing to write: expected --onnx FILE or "
             "--torch-export FILE")
+    _refuse(onnx and onnx == torch_export, f"{onnx} is named twice: expected "
+            "a file for each format")
     from convmixer_edu import deploy
     from convmixer_edu.inference import load_run
     from convmixer_edu.ledger import pretrained_run

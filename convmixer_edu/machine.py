@@ -168,6 +168,8 @@ def choose_device(
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used here "
                          f"({str(error).splitlines()[0]}): try cpu") from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # whose graphs and events are meant
     return device
 
 

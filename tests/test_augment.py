@@ -2,6 +2,7 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -299,6 +300,17 @@ def test_crop_is_torchvisions_on_the_same_box(tiles):
         to_tensor(TF.resized_crop(to_pil(t), *box, [32, 32], InterpolationMode.BILINEAR)) for t, box in zip(tiles, boxes)
     ])
     close(out, expected, 0.15)  # Pillow rounds twice, once for each axis
+
+
+def test_where_a_border_cannot_be_asked_for_it_goes_on_too():
+    """Apple's grid_sample knows no padding_mode="border" before PyTorch 2.13."""
+    class OnApples(torch.Tensor):
+        device = SimpleNamespace(type="mps")
+
+    images, places = 255 * torch.rand(2, 3, 5, 7), 2.6 * torch.rand(2, 5, 7, 2) - 1.3
+    theirs = F.grid_sample(images, places, padding_mode="border", align_corners=False)
+    ours = augment._look_up(images.as_subclass(OnApples), places)
+    assert (ours.as_subclass(torch.Tensor) - theirs).abs().max() < 1e-3
 
 
 def test_crop_boxes_are_drawn_as_published():

@@ -481,6 +481,7 @@ def test_pictures_of_several_sizes_are_told_in_the_words_of_the_command(tmp_path
     ("export run", ["--onnx FILE", "--torch-export FILE"]),
     ("export run --torch-export net.pt2", ["run holds no finished run"]),
     ("export --torch-export gone/net.pt2", ["no folder gone"]),
+    ("export --torch-export net --onnx net", ["net is named twice", "a file for each format"]),
     ("export --torch-export net.pt2 --device tpu", ["device 'tpu' cannot be used here"]),
     ("export --torch-export net.pt2 --device cuda:99", ["device 'cuda:99' cannot be used here"]),
     ("info --dim ten", ["--dim", "integer"]),
@@ -493,6 +494,12 @@ def test_pictures_of_several_sizes_are_told_in_the_words_of_the_command(tmp_path
 def test_wrong_words_are_one_line(line, words):
     fails(line, *words)
     assert not Path("run").exists()
+
+
+def test_bad_pictures_alone_are_still_one_json_object(trained):
+    Path("no.png").write_text("no picture")
+    code, out, err = call(f"predict {trained} no.png --json")
+    assert code == 1 and json.loads(out)["predictions"] == [] and "no.png" in err
 
 
 def test_export_writes_checks_and_times(trained):
