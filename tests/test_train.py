@@ -301,3 +301,32 @@ def test_runs_for_the_ledger_stop_in_time_and_go_on(tmp_path, capsys):
     before = (tmp_path / "digits-seed0/run.json").read_bytes()
     runs.main([*words, "60"])
     assert (tmp_path / "digits-seed0/run.json").read_bytes() == before
+
+
+def folders(root, shape, test=None):
+    """Two classes of random pictures, (height, width), in train/ and test/."""
+    from PIL import Image
+    draw = np.random.default_rng(0)
+    for split, name in [(a, b) for a in ("train", "test") for b in ("cat", "dog")]:
+        (root / split / name).mkdir(parents=True)
+        for i in range(6):
+            noise = draw.integers(0, 256, (*(test if test and split == "test" else shape), 3), dtype=np.uint8)
+            Image.fromarray(noise).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize("trained, given", [((8, 8), (8, 8)), ((8, 8), (16, 20)), ((8, 6), (8, 6)), ((8, 6), (16, 12))])
+def test_evaluate_sees_pictures_as_predict_does_or_refuses(tmp_path, monkeypatch, trained, given):
+    monkeypatch.setenv("CONVMIXER_CACHE", str(tmp_path / "cache"))
+    root = folders(tmp_path / "d", given)
+    info = inference.RunInfo(TINY, ("cat", "dog"), 3, trained, inference.Statistics((0.5,) * 3, (0.5,) * 3))
+    with patch.object(inference, "load_run", return_value=(recipe.make_model(TINY, 2, 3), info)), \
+            patch.object(inference, "score", wraps=inference.score) as asked:
+        if trained == (8, 6) != given:
+            with pytest.raises(ValueError, match="have 16 x 12 pixels, expected 8 x 6 as in training"):
+                inference.evaluate("run", root, device="cpu")
+            return
+        inference.evaluate("run", root, device="cpu")
+    size = 8 if trained == (8, 8) else None  # of another shape, they stay as they are
+    seen = [inference.read_image(path, size) for path in inference.find_pictures([root / "test"])]
+    assert torch.equal(asked.call_args.args[1].images, torch.stack(seen))
