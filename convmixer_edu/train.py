@@ -412,6 +412,10 @@ def _check_data(c, data, test):
     expect(data.classes == test.classes, "train has the classes "
            f"{', '.join(data.classes)}, test {', '.join(test.classes)}",
            "the same in both")
+    others = test.images.shape[2:]
+    expect((height, width) == others, f"train has images of {height} x {width}"
+           " pixels, test of {} x {}".format(*others),
+           "one size: give image_size")
     expect(not c.start or channels == 3, f"the weights of {c.start} want "
            f"images of 3 channels, these have {channels}", "colour images")
     expect(min(height, width) >= c.patch_size, f"patch_size is {c.patch_size}"

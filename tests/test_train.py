@@ -330,3 +330,12 @@ def test_evaluate_sees_pictures_as_predict_does_or_refuses(tmp_path, monkeypatch
     size = 8 if trained == (8, 8) else None  # of another shape, they stay as they are
     seen = [inference.read_image(path, size) for path in inference.find_pictures([root / "test"])]
     assert torch.equal(asked.call_args.args[1].images, torch.stack(seen))
+
+
+def test_the_test_set_must_have_the_size_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONVMIXER_CACHE", str(tmp_path / "cache"))
+    source, c = folders(tmp_path / "d", (8, 8), test=(8, 2)), recipe.with_settings(TINY, {"epochs": 1, "batch_size": 4})
+    with pytest.raises(ValueError, match="train has images of 8 x 8 pixels, test of 8 x 2, expected one size: give image_size"):
+        t.train(c, source, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+    assert t.train(recipe.with_settings(c, {"image_size": 8}), source, tmp_path / "run", device="cpu")["steps"] == 3
