@@ -24,9 +24,9 @@ from .checkpoint import (
     collect, ensure, expected_tensors, keyed_generator, latest, remove_partial,
     restore, save_step, seal_run, step_file, write_atomically,
     write_checkpoint, write_json)
-from convmixer_edu.data import (
-    ImageSet, expect, load_images, resolve_source, split_holdout,
-    stratified_index)
+from .data import (
+    ImageSet, expand, expect, load_images, resolve_source,
+    split_holdout, stratified_index)
 from .depthwise import choose_method
 from .distributed import (
     all_sum, any_of, from_main, is_main, parallel, rank, setup, shared,
@@ -359,7 +359,7 @@ def train(
     another process trains in, `Stopped` when it was stopped and `Diverged`
     for a loss that is no number."""
     _check_torch()
-    device, out = choose_device(setup(device)), Path(out)
+    device, out = choose_device(setup(device)), expand(out)
     source, backups, sets = resolve_source(source), [], []
     keep_freed_memory()
     with ExitStack() as until_the_end:  # or an error: frees the folder
@@ -432,7 +432,7 @@ def _claim(out, backup, resume, until_the_end):
         with suppress(OSError):
             folder.rmdir()
 
-    for folder in map(Path, filter(None, (out, backup))):
+    for folder in map(expand, filter(None, (out, backup))):
         if not folder.exists():  # if nothing comes of it
             until_the_end.callback(remove_empty, folder)
     ensure(out.is_dir() or not out.exists(), f"{out} is a file, expected a "
@@ -442,7 +442,7 @@ def _claim(out, backup, resume, until_the_end):
            "being trained by another process: wait for its end or stop it")
     ensure(resume or all(f.name[0] == "." for f in out.iterdir()), f"{out} "
            "is not empty: go on with resume=True or choose another folder")
-    return Backup(out, backup, resume) if backup else None
+    return Backup(out, expand(backup), resume) if backup else None
 
 # %% ../nbs/W6_train.ipynb #7b5b3d7b
 def _open(c, source, data, device, out, resume, backup):

@@ -339,3 +339,11 @@ def test_the_test_set_must_have_the_size_trained_on(tmp_path, monkeypatch):
         t.train(c, source, tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
     assert t.train(recipe.with_settings(c, {"image_size": 8}), source, tmp_path / "run", device="cpu")["steps"] == 3
+
+
+def test_a_run_and_its_backup_may_lie_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    t.train(recipe.with_settings(TINY, {"epochs": 1}), "digits", "~/mine", device="cpu", backup="~/other")
+    assert inference.load_run("~/mine") and inference.load_run("~/other")
+    assert not (tmp_path / "~").exists()
