@@ -347,3 +347,13 @@ def test_a_run_and_its_backup_may_lie_in_the_home_folder(tmp_path, monkeypatch):
     t.train(recipe.with_settings(TINY, {"epochs": 1}), "digits", "~/mine", device="cpu", backup="~/other")
     assert inference.load_run("~/mine") and inference.load_run("~/other")
     assert not (tmp_path / "~").exists()
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    settings = dict(seed=np.int64(1), lr=np.float32(0.25), batch_size=np.int64(64), epochs=np.uint8(1), flip=np.bool_(False))
+    c = recipe.with_settings(TINY, settings)
+    assert c == recipe.with_settings(TINY, dict(seed=1, lr=0.25, batch_size=64, epochs=1))
+    assert {type(getattr(c, name)) for name in settings} == {int, float, bool}
+    assert t.train(c, "digits", tmp_path / "run", device="cpu")["config"]["lr"] == 0.25
+    with pytest.raises(ValueError, match="epochs is 1.0, expected a value of type int"):
+        recipe.Config(epochs=np.float64(1))
