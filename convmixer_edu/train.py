@@ -262,7 +262,7 @@ class Stopped(TrainingError):
 # %% ../nbs/W6_train.ipynb #fd21babf
 def _loop(run: Run, stop):
     "Train from where the run is to its end"
-    saved = began = time.monotonic()
+    saved = began = time.perf_counter()
     began -= run.seconds
     run.ddp_model.train()
     while run.done < run.total:
@@ -271,7 +271,7 @@ def _loop(run: Run, stop):
         for given in run.given(epoch, picked):
             loss = run.update(given, (run.done + 1) / run.total)
             run.done += 1
-            run.seconds = time.monotonic() - began
+            run.seconds = time.perf_counter() - began
             look = run.done % run.steps % run.every == 0  # at the last always
             enough = look and _report(run, loss)
             if run.done % run.steps == 0:
@@ -279,11 +279,11 @@ def _loop(run: Run, stop):
             if run.world > 1 and not look:
                 continue  # they ask each other now and then, not each time
             stopped = any_of(bool(stop or enough))
-            due = time.monotonic() - saved >= run.c.checkpoint_seconds
+            due = time.perf_counter() - saved >= run.c.checkpoint_seconds
             if any_of(stopped or due):
                 _check_finite(run, float(loss), run.done)
                 run.save()
-                saved = time.monotonic()
+                saved = time.perf_counter()
             if stopped:  # all processes say the same
                 number = any_of(bool(stop)) and int(
                     stop[0] if stop else signal.SIGTERM)

@@ -357,3 +357,9 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
     assert t.train(c, "digits", tmp_path / "run", device="cpu")["config"]["lr"] == 0.25
     with pytest.raises(ValueError, match="epochs is 1.0, expected a value of type int"):
         recipe.Config(epochs=np.float64(1))
+
+
+def test_a_clock_that_ticks_slowly_is_not_divided_by(tmp_path, monkeypatch):
+    """Windows' monotonic clock stands still for some 15 ms."""
+    monkeypatch.setattr(t.time, "monotonic", lambda: 0.0)
+    assert t.train(recipe.with_settings(TINY, {"epochs": 1}), "digits", tmp_path / "run", device="cpu")["images_per_second"] > 0
