@@ -293,14 +293,15 @@ def _loop(run: Run, stop):
                               number or None)
 
 # %% ../nbs/W6_train.ipynb #7c7d2e2c
-def _check_finite(run, loss, done):
-    "Stop when the loss of a step is no number any more"
+def _check_finite(run, loss, done=0):
+    "Stop when the loss of a step, or of the test set, is no number any more"
     if not math.isfinite(loss):
         epoch, step = divmod(done - 1, run.steps)
+        where = f"in epoch {epoch + 1}, step {step + 1}"
         raise Diverged(
-            f"the loss became {loss} in epoch {epoch + 1}, step "
-            f"{step + 1}: expected a finite number, lower lr (now "
-            f"{run.c.lr:g}) or set clip to 1.0")
+            f"the loss became {loss} {where if done else 'on the test set'}: "
+            f"expected a finite number, lower lr (now {run.c.lr:g}) or set "
+            "clip to 1.0")
 
 # %% ../nbs/W6_train.ipynb #b9cdda0b
 def _report(run: Run, loss):
@@ -560,6 +561,7 @@ def _finish(run: Run, test):
             run.out / "model.safetensors", run.model.state_dict(),
             {"kind": "weights", "recipe": run.recipe})
     seen = run.score(test)
+    _check_finite(run, seen["loss"])
     some = stratified_index(run.data.labels.cpu(), min(10_000, run.images))
     own = run.score(run.data.subset(some))
     record = {
