@@ -467,6 +467,10 @@ def _begin(run, resume, init_weights):
     if resume and (run.out / "metrics.jsonl").exists():
         warnings.warn(f"there is no checkpoint in {run.out}: the run begins "
                       "again with its first step")
+    if run.total == 1:
+        warnings.warn("the run has one step, the last, whose rate is 0: it "
+                      "learns nothing; give more epochs or a smaller "
+                      "batch_size")
     if start := run.c.start:
         expect(init_weights, f"start is {start!r}, but no weights were given",
                "a function that returns them as init_weights")

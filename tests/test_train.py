@@ -363,3 +363,11 @@ def test_a_clock_that_ticks_slowly_is_not_divided_by(tmp_path, monkeypatch):
     """Windows' monotonic clock stands still for some 15 ms."""
     monkeypatch.setattr(t.time, "monotonic", lambda: 0.0)
     assert t.train(recipe.with_settings(TINY, {"epochs": 1}), "digits", tmp_path / "run", device="cpu")["images_per_second"] > 0
+
+
+def test_a_run_of_one_step_is_told_that_it_learns_nothing(tmp_path):
+    c = recipe.with_settings(TINY, {"epochs": 1, "batch_size": 512})
+    with pytest.warns(UserWarning, match="one step.* learns nothing; give more epochs or a smaller batch_size"):
+        t.train(c, "digits", tmp_path / "run", device="cpu")
+    model = t.build_model(c, load_images("digits"), torch.device("cpu"))
+    assert all(torch.equal(p, weights(tmp_path / "run")[name]) for name, p in model.named_parameters())
