@@ -422,6 +422,10 @@ def _check_data(c, data, test):
     expect(min(height, width) >= c.patch_size, f"patch_size is {c.patch_size}"
            f", larger than the images ({height} x {width})",
            "at most their side")
+    several = max(batch, height//c.patch_size, width//c.patch_size) > 1
+    expect(c.norm != "batch" or several, "a batch has one image and that one "
+           "patch, a single value for BatchNorm to normalise",
+           "a larger batch_size or a smaller patch_size")
     expect(many == 1 or batch % (2*many) == 0, f"a batch of {batch} images "
            f"cannot be shared by {many} processes in pairs",
            f"a batch_size that {2*many} divides")

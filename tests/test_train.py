@@ -371,3 +371,14 @@ def test_a_run_of_one_step_is_told_that_it_learns_nothing(tmp_path):
         t.train(c, "digits", tmp_path / "run", device="cpu")
     model = t.build_model(c, load_images("digits"), torch.device("cpu"))
     assert all(torch.equal(p, weights(tmp_path / "run")[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("settings", [{"norm": "layer"}, {"batch_size": 2}, {"patch_size": 4}, {}])
+def test_batchnorm_needs_more_than_one_value(settings, tmp_path):
+    c = recipe.with_settings(TINY, {"batch_size": 1, "patch_size": 8, "limit": 4, "epochs": 1, **settings})
+    if settings:
+        assert t.train(c, "digits", tmp_path / "run", device="cpu")["steps"]
+        return
+    with pytest.raises(ValueError, match="single value .*, expected a larger batch_size or a smaller patch_size"):
+        t.train(c, "digits", tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
