@@ -186,7 +186,8 @@ def test_counts_are_checked(count):
 
 
 def test_counts_may_be_numpys():
-    few, plain = load_images("digits", limit=np.int64(50), size=np.int32(4)), load_images("digits", limit=50, size=4)
+    few = load_images("digits", limit=np.int64(50), size=np.int32(4))
+    plain = load_images("digits", limit=50, size=4)
     assert few.fingerprint == plain.fingerprint
     assert split_holdout(few, np.int64(9))[1].fingerprint == split_holdout(plain, 9)[1].fingerprint
 
