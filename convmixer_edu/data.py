@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from glob import escape
 from io import BytesIO
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +134,7 @@ def stratified_index(
 
 def check_count(name, value, most=math.inf):
     "A whole number from 1 to `most`, or a ValueError that names it."
-    whole = isinstance(value, int) and not isinstance(value, bool)
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
     expect(whole and 1 <= value <= most, f"{name} is {value!r}",
            "a whole number from 1" + f" up to {most}" * (most < math.inf))
 

@@ -14,13 +14,12 @@ import warnings
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from io import BytesIO
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .checkpoint import brief, written_aside
-from .data import expect
+from .data import expand, expect
 from .speed import RunSettings, choices, frozen, time_step
 
 # %% ../nbs/P6_deploy.ipynb #81a19ec8
@@ -237,7 +236,7 @@ def onnx_runner(
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = runtime.InferenceSession(
-        os.fspath(file), options, providers=["CPUExecutionProvider"])
+        str(expand(file)), options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(
         session.run(None, {"images": images.numpy()})[0])
 
@@ -253,7 +252,7 @@ def _write_program(model, images, notes, file):
 
 def _read_program(file):
     "A .pt2 file as a function; torch remarks on buffers it only reads"
-    with warnings.catch_warnings(), open(file, "rb") as handle:
+    with warnings.catch_warnings(), open(expand(file), "rb") as handle:
         warnings.filterwarnings("ignore", "The given buffer is not writable")
         return torch.no_grad()(torch.export.load(handle).module())
 
@@ -284,7 +283,7 @@ def export(
     To read a file of torch.export can run what its maker wanted: load your
     own, never a stranger's. Raises `ValueError` where the answers differ, a
     package is missing or the file cannot be written."""
-    (model, images), file = _plain_copy(model, shape), Path(file)
+    (model, images), file = _plain_copy(model, shape), expand(file)
     expect(file.parent.is_dir(), f"there is no folder {file.parent}",
            f"one for {file.name}: make it first")
     expect(file.is_file() or not file.exists(), f"{file} cannot be written: "

@@ -172,15 +172,19 @@ def evaluate(
 ) -> dict:  # accuracy in per cent, loss, images, confusion, speed
     """How good a trained model is on a data set
 
-    Raises `ValueError` when the data do not fit the model."""
+    Images are resized to the size trained on, if that is a square. Raises
+    `ValueError` when the data do not fit the model."""
     model, info = load_run(run)
-    data = load_images(source, split, None, info.config.image_size)
-    channels = data.images.shape[1]
+    height, width = info.image_size
+    data = load_images(source, split, None, width if width == height else None)
+    channels, *size = data.images.shape[1:]
     expect(data.classes == info.classes, "the data have the classes "
            f"{', '.join(data.classes)}, the model knows "
            f"{', '.join(info.classes)}", "the same in both")
     expect(channels == info.channels, f"the images have {channels} channels, "
            f"the model wants {info.channels}", "as many")
+    expect(size == [height, width], "the images have {} x {} pixels".format(
+        *size), f"{height} x {width} as in training")
     device = choose_device(device)
     model = model.to(device)
     dtype = choose_precision(device, info.config.precision)

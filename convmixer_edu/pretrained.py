@@ -399,7 +399,7 @@ def evaluate_pretrained(
     device, model = choose_device(device), load_pretrained(name, file)
     tally = Tally(_tally_file(name, model, source, split, pictures.classes,
                               source_state(source, files), frame))
-    before, began = len(tally.rows), time.monotonic()
+    before, began = len(tally.rows), time.perf_counter()
     model, saved, left = model.to(device), began, len(pictures) - before
     batches = left and create_loader(  # timm's own
         Judged(pictures, numbers, before), batch_size=batch_size,
@@ -409,9 +409,9 @@ def evaluate_pretrained(
         for x, y in batches or ():
             with torch.inference_mode():
                 tally.add(model(x), y)
-            if time.monotonic() - saved >= save_seconds:
+            if time.perf_counter() - saved >= save_seconds:
                 tally.keep()
-                saved = time.monotonic()
+                saved = time.perf_counter()
                 if report:
                     report({"done": len(tally.rows),
                             "images": len(pictures)})
@@ -419,7 +419,7 @@ def evaluate_pretrained(
         last = str(error).strip().split("\n")[-1]
         raise ValueError(re.sub(r"^\w+Error: ", "", last)) from None
     tally.file.unlink(missing_ok=True)
-    speed = left / (time.monotonic() - began)
+    speed = left / (time.perf_counter() - began)
     return {"model": name, **tally.summary(), "crop_pct": frame["crop_pct"],
             "interpolation": frame["interpolation"], "image_size":
             frame["input_size"][1], "images_per_second": round(speed, 1)}

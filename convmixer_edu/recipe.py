@@ -83,6 +83,9 @@ class Config:
     checkpoint_seconds: float = 60.0  # 0: after every step
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):  # which no JSON file can hold
+                object.__setattr__(self, name, value.item())
         check_config(self)
 
     @classmethod

@@ -24,9 +24,9 @@ from .checkpoint import (
     collect, ensure, expected_tensors, keyed_generator, latest, remove_partial,
     restore, save_step, seal_run, step_file, write_atomically,
     write_checkpoint, write_json)
-from convmixer_edu.data import (
-    ImageSet, expect, load_images, resolve_source, split_holdout,
-    stratified_index)
+from .data import (
+    ImageSet, expand, expect, load_images, resolve_source,
+    split_holdout, stratified_index)
 from .depthwise import choose_method
 from .distributed import (
     all_sum, any_of, from_main, is_main, parallel, rank, setup, shared,
@@ -262,7 +262,7 @@ class Stopped(TrainingError):
 # %% ../nbs/W6_train.ipynb #fd21babf
 def _loop(run: Run, stop):
     "Train from where the run is to its end"
-    saved = began = time.monotonic()
+    saved = began = time.perf_counter()
     began -= run.seconds
     run.ddp_model.train()
     while run.done < run.total:
@@ -271,7 +271,7 @@ def _loop(run: Run, stop):
         for given in run.given(epoch, picked):
             loss = run.update(given, (run.done + 1) / run.total)
             run.done += 1
-            run.seconds = time.monotonic() - began
+            run.seconds = time.perf_counter() - began
             look = run.done % run.steps % run.every == 0  # at the last always
             enough = look and _report(run, loss)
             if run.done % run.steps == 0:
@@ -279,11 +279,11 @@ def _loop(run: Run, stop):
             if run.world > 1 and not look:
                 continue  # they ask each other now and then, not each time
             stopped = any_of(bool(stop or enough))
-            due = time.monotonic() - saved >= run.c.checkpoint_seconds
+            due = time.perf_counter() - saved >= run.c.checkpoint_seconds
             if any_of(stopped or due):
                 _check_finite(run, float(loss), run.done)
                 run.save()
-                saved = time.monotonic()
+                saved = time.perf_counter()
             if stopped:  # all processes say the same
                 number = any_of(bool(stop)) and int(
                     stop[0] if stop else signal.SIGTERM)
@@ -293,14 +293,15 @@ def _loop(run: Run, stop):
                               number or None)
 
 # %% ../nbs/W6_train.ipynb #7c7d2e2c
-def _check_finite(run, loss, done):
-    "Stop when the loss of a step is no number any more"
+def _check_finite(run, loss, done=0):
+    "Stop when the loss of a step, or of the test set, is no number any more"
     if not math.isfinite(loss):
         epoch, step = divmod(done - 1, run.steps)
+        where = f"in epoch {epoch + 1}, step {step + 1}"
         raise Diverged(
-            f"the loss became {loss} in epoch {epoch + 1}, step "
-            f"{step + 1}: expected a finite number, lower lr (now "
-            f"{run.c.lr:g}) or set clip to 1.0")
+            f"the loss became {loss} {where if done else 'on the test set'}: "
+            f"expected a finite number, lower lr (now {run.c.lr:g}) or set "
+            "clip to 1.0")
 
 # %% ../nbs/W6_train.ipynb #b9cdda0b
 def _report(run: Run, loss):
@@ -359,7 +360,7 @@ def train(
     another process trains in, `Stopped` when it was stopped and `Diverged`
     for a loss that is no number."""
     _check_torch()
-    device, out = choose_device(setup(device)), Path(out)
+    device, out = choose_device(setup(device)), expand(out)
     source, backups, sets = resolve_source(source), [], []
     keep_freed_memory()
     with ExitStack() as until_the_end:  # or an error: frees the folder
@@ -412,11 +413,19 @@ def _check_data(c, data, test):
     expect(data.classes == test.classes, "train has the classes "
            f"{', '.join(data.classes)}, test {', '.join(test.classes)}",
            "the same in both")
+    others = test.images.shape[2:]
+    expect((height, width) == others, f"train has images of {height} x {width}"
+           " pixels, test of {} x {}".format(*others),
+           "one size: give image_size")
     expect(not c.start or channels == 3, f"the weights of {c.start} want "
            f"images of 3 channels, these have {channels}", "colour images")
     expect(min(height, width) >= c.patch_size, f"patch_size is {c.patch_size}"
            f", larger than the images ({height} x {width})",
            "at most their side")
+    several = max(batch, height//c.patch_size, width//c.patch_size) > 1
+    expect(c.norm != "batch" or several, "a batch has one image and that one "
+           "patch, a single value for BatchNorm to normalise",
+           "a larger batch_size or a smaller patch_size")
     expect(many == 1 or batch % (2*many) == 0, f"a batch of {batch} images "
            f"cannot be shared by {many} processes in pairs",
            f"a batch_size that {2*many} divides")
@@ -428,7 +437,7 @@ def _claim(out, backup, resume, until_the_end):
         with suppress(OSError):
             folder.rmdir()
 
-    for folder in map(Path, filter(None, (out, backup))):
+    for folder in map(expand, filter(None, (out, backup))):
         if not folder.exists():  # if nothing comes of it
             until_the_end.callback(remove_empty, folder)
     ensure(out.is_dir() or not out.exists(), f"{out} is a file, expected a "
@@ -438,7 +447,7 @@ def _claim(out, backup, resume, until_the_end):
            "being trained by another process: wait for its end or stop it")
     ensure(resume or all(f.name[0] == "." for f in out.iterdir()), f"{out} "
            "is not empty: go on with resume=True or choose another folder")
-    return Backup(out, backup, resume) if backup else None
+    return Backup(out, expand(backup), resume) if backup else None
 
 # %% ../nbs/W6_train.ipynb #7b5b3d7b
 def _open(c, source, data, device, out, resume, backup):
@@ -462,6 +471,10 @@ def _begin(run, resume, init_weights):
     if resume and (run.out / "metrics.jsonl").exists():
         warnings.warn(f"there is no checkpoint in {run.out}: the run begins "
                       "again with its first step")
+    if run.total == 1:
+        warnings.warn("the run has one step, the last, whose rate is 0: it "
+                      "learns nothing; give more epochs or a smaller "
+                      "batch_size")
     if start := run.c.start:
         expect(init_weights, f"start is {start!r}, but no weights were given",
                "a function that returns them as init_weights")
@@ -556,6 +569,7 @@ def _finish(run: Run, test):
             run.out / "model.safetensors", run.model.state_dict(),
             {"kind": "weights", "recipe": run.recipe})
     seen = run.score(test)
+    _check_finite(run, seen["loss"])
     some = stratified_index(run.data.labels.cpu(), min(10_000, run.images))
     own = run.score(run.data.subset(some))
     record = {

@@ -196,7 +196,7 @@ def test_preset_digits_needs_no_data_and_others_take_the_default(monkeypatch, tm
     monkeypatch.setenv("CONVMIXER_DATA", str(class_folders(tmp_path / "pets")))
     works(f"train --out run {TINY}")
     assert json.loads(Path("run/config.json").read_text())["source"] == "digits"
-    works("train --out pets-run --epochs 1 --seed 3 --device cpu --set dim=4 --set depth=1 --set depthwise=library")
+    works("train --out pets-run --epochs 2 --seed 3 --device cpu --set dim=4 --set depth=1 --set depthwise=library")
     note = json.loads(Path("pets-run/config.json").read_text())
     assert note["classes"] == ["cat", "dog"] and note["config"]["seed"] == 3
     assert note["config"]["patch_size"] == PRESETS["quick"].patch_size

@@ -185,6 +185,13 @@ def test_counts_are_checked(count):
         stratified_index(torch.arange(60) % 3, count)
 
 
+def test_counts_may_be_numpys():
+    few = load_images("digits", limit=np.int64(50), size=np.int32(4))
+    plain = load_images("digits", limit=50, size=4)
+    assert few.fingerprint == plain.fingerprint
+    assert split_holdout(few, np.int64(9))[1].fingerprint == split_holdout(plain, 9)[1].fingerprint
+
+
 def test_holdout_leaves_something():
     with pytest.raises(ValueError, match="from 1 up to 29"):
         split_holdout(small_set(), 30)

@@ -229,6 +229,15 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
         export(network(), (3, 32, 32), tmp_path / "gone" / "net.pt2", "torch.export")
 
 
+def test_a_file_may_lie_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model, x = network(dim=8), torch.rand(2, 3, 32, 32)
+    told = export(model, (3, 32, 32), "~/net.pt2", "torch.export")
+    assert told["file"] == str(tmp_path / "net.pt2") and os.listdir(tmp_path) == ["net.pt2"]
+    again = deploy.FORMATS["torch.export"][1]("~/net.pt2")
+    assert distance(again(x), model(x).detach(), 1.0) < deploy.TOLERANCE
+
+
 def test_latency_has_each_way_for_each_count(tmp_path):
     model = network(dim=8)
     export(model, (3, 32, 32), tmp_path / "net.pt2", "torch.export")

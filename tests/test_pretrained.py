@@ -509,6 +509,12 @@ def test_evaluation_is_timms_to_the_digit(photographs, weights, timms_answers, m
     assert (told["crop_pct"], told["interpolation"], told["image_size"]) == (0.96, "bicubic", 224)
 
 
+def test_a_clock_that_ticks_slowly_is_not_divided_by(photographs, weights, monkeypatch):
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    ask = dict(source=photographs, file=weights, batch_size=11, workers=0)
+    assert evaluate_pretrained("convmixer_1024_20", **ask)["images_per_second"] > 0
+
+
 def test_counts_are_those_of_timm():
     """On random logits, where accuracies are neither 0 nor 100."""
     generator = torch.Generator().manual_seed(0)

@@ -249,6 +249,15 @@ def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path, monkeypa
     assert row.ours is None and row.word == "not run"
 
 
+def test_an_infinite_loss_on_the_test_set_is_a_divergence_too(tmp_path, monkeypatch):
+    from convmixer_edu import train
+    real = train.score
+    monkeypatch.setattr(train, "score", lambda *args: real(*args) | {"loss": float("inf")})
+    assert work(TASKS[:1], tmp_path, "digits", "cpu")
+    ((run,),) = records("try", tmp_path).values()
+    assert "the loss became inf on the test set: expected a finite number" in run["failed"]
+
+
 def test_the_trainer_says_which_errors_are_divergence(tmp_path):
     from convmixer_edu.recipe import Config
     from convmixer_edu.train import train

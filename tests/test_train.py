@@ -301,3 +301,101 @@ def test_runs_for_the_ledger_stop_in_time_and_go_on(tmp_path, capsys):
     before = (tmp_path / "digits-seed0/run.json").read_bytes()
     runs.main([*words, "60"])
     assert (tmp_path / "digits-seed0/run.json").read_bytes() == before
+
+
+def folders(root, shape, test=None):
+    """Two classes of random pictures, (height, width), in train/ and test/."""
+    from PIL import Image
+    draw = np.random.default_rng(0)
+    for split, name in [(a, b) for a in ("train", "test") for b in ("cat", "dog")]:
+        (root / split / name).mkdir(parents=True)
+        for i in range(6):
+            size = test if test and split == "test" else shape
+            noise = draw.integers(0, 256, (*size, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize("trained, given", [
+    ((8, 8), (8, 8)), ((8, 8), (16, 20)), ((8, 6), (8, 6)), ((8, 6), (16, 12))])
+def test_evaluate_sees_pictures_as_predict_does_or_refuses(tmp_path, monkeypatch, trained, given):
+    monkeypatch.setenv("CONVMIXER_CACHE", str(tmp_path / "cache"))
+    root = folders(tmp_path / "d", given)
+    stats = inference.Statistics((0.5,) * 3, (0.5,) * 3)
+    info = inference.RunInfo(TINY, ("cat", "dog"), 3, trained, stats)
+    model = recipe.make_model(TINY, 2, 3)
+    with patch.object(inference, "load_run", return_value=(model, info)), \
+            patch.object(inference, "score", wraps=inference.score) as asked:
+        if trained == (8, 6) != given:
+            told = "have 16 x 12 pixels, expected 8 x 6 as in training"
+            with pytest.raises(ValueError, match=told):
+                inference.evaluate("run", root, device="cpu")
+            return
+        inference.evaluate("run", root, device="cpu")
+    size = 8 if trained == (8, 8) else None  # of another shape, they stay as they are
+    found = inference.find_pictures([root / "test"])
+    seen = [inference.read_image(path, size) for path in found]
+    assert torch.equal(asked.call_args.args[1].images, torch.stack(seen))
+
+
+def test_the_test_set_must_have_the_size_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONVMIXER_CACHE", str(tmp_path / "cache"))
+    source = folders(tmp_path / "d", (8, 8), test=(8, 2))
+    c = recipe.with_settings(TINY, {"epochs": 1, "batch_size": 4})
+    told = "has images of 8 x 8 pixels, test of 8 x 2, expected one size: give image_size"
+    with pytest.raises(ValueError, match=told):
+        t.train(c, source, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+    c = recipe.with_settings(c, {"image_size": 8})
+    assert t.train(c, source, tmp_path / "run", device="cpu")["steps"] == 3
+
+
+def test_a_run_and_its_backup_may_lie_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    c = recipe.with_settings(TINY, {"epochs": 1})
+    t.train(c, "digits", "~/mine", device="cpu", backup="~/other")
+    assert inference.load_run("~/mine") and inference.load_run("~/other")
+    assert not (tmp_path / "~").exists()
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    settings = dict(seed=np.int64(1), lr=np.float32(0.25), batch_size=np.int64(64),
+                    epochs=np.uint8(1), flip=np.bool_(False))
+    c = recipe.with_settings(TINY, settings)
+    assert c == recipe.with_settings(TINY, dict(seed=1, lr=0.25, batch_size=64, epochs=1))
+    assert {type(getattr(c, name)) for name in settings} == {int, float, bool}
+    assert t.train(c, "digits", tmp_path / "run", device="cpu")["config"]["lr"] == 0.25
+    with pytest.raises(ValueError, match="epochs is 1.0, expected a value of type int"):
+        recipe.Config(epochs=np.float64(1))
+
+
+def test_a_clock_that_ticks_slowly_is_not_divided_by(tmp_path, monkeypatch):
+    """Windows' monotonic clock stands still for some 15 ms."""
+    monkeypatch.setattr(t.time, "monotonic", lambda: 0.0)
+    c = recipe.with_settings(TINY, {"epochs": 1})
+    assert t.train(c, "digits", tmp_path / "run", device="cpu")["images_per_second"] > 0
+
+
+def test_a_run_of_one_step_is_told_that_it_learns_nothing(tmp_path):
+    c = recipe.with_settings(TINY, {"epochs": 1, "batch_size": 512})
+    told = "one step.* learns nothing; give more epochs or a smaller batch_size"
+    with pytest.warns(UserWarning, match=told):
+        t.train(c, "digits", tmp_path / "run", device="cpu")
+    model = t.build_model(c, load_images("digits"), torch.device("cpu"))
+    after = weights(tmp_path / "run")
+    assert all(torch.equal(p, after[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("settings", [
+    {"norm": "layer"}, {"batch_size": 2}, {"patch_size": 4}, {}])
+def test_batchnorm_needs_more_than_one_value(settings, tmp_path):
+    small = {"batch_size": 1, "patch_size": 8, "limit": 4, "epochs": 1}
+    c = recipe.with_settings(TINY, {**small, **settings})
+    if settings:
+        assert t.train(c, "digits", tmp_path / "run", device="cpu")["steps"]
+        return
+    told = "single value .*, expected a larger batch_size or a smaller patch_size"
+    with pytest.raises(ValueError, match=told):
+        t.train(c, "digits", tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
