@@ -153,7 +153,9 @@ def work(
     flag.parent.mkdir(parents=True, exist_ok=True)
     over = partial(_over, flag, time.time() + seconds, os.getpid())
     do = partial(_one, out=out, source=source, device=device, over=over)
-    with stop_signal(flag.touch) as stop:
+    with stop_signal(flag.touch) as stop, warnings.catch_warnings():
+        # joblib replaces a worker that has grown, and need not say so
+        warnings.filterwarnings("ignore", "A worker stopped while some")
         try:
             while not over() and (todo := pending(tasks, out)):
                 for done in _in_turn(jobs, do, todo):
