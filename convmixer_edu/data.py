@@ -463,19 +463,24 @@ def _columns(schema, source):
 
 # %% ../nbs/W1_data.ipynb #bd47ba8e
 @cache
+def _ask_the_hub(source):
+    "The parquet files of a dataset; only an answer is remembered."
+    told = HfApi().dataset_info(source, timeout=3, revision=(
+        _REVISIONS.get(source, _REVISION)))
+    return sorted(Path(file.rfilename) for file in told.siblings
+                  if file.rfilename.endswith(".parquet"))
+
+
 def _on_the_hub(source):
-    "The parquet files of a dataset; None if the Hub does not answer."
+    "The same; None if the Hub does not answer."
     try:
-        told = HfApi().dataset_info(source, timeout=3, revision=(
-            _REVISIONS.get(source, _REVISION)))
+        return _ask_the_hub(source)
     except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError):
         raise FileNotFoundError(
             f"{source} is neither a folder here nor a dataset on the "
             "Hugging Face Hub that you may read, as parquet files") from None
     except Exception:  # whatever a network can do
         return None
-    return sorted(Path(file.rfilename) for file in told.siblings
-                  if file.rfilename.endswith(".parquet"))
 
 # %% ../nbs/W1_data.ipynb #d0192ff2
 def _from_hub(source, split):

@@ -38,7 +38,7 @@ from convmixer_edu.data import (
     stratified_index,
 )
 
-ON_THE_HUB = data._on_the_hub
+ON_THE_HUB, ASK_THE_HUB = data._on_the_hub, data._ask_the_hub
 
 
 @pytest.fixture(autouse=True)
@@ -362,7 +362,8 @@ def hub(monkeypatch, tmp_path):
         parquet(tmp_path / "served", f"plain_text/{split}-00000-of-00001.parquet", seed=seed)
     files = {p.relative_to(tmp_path / "served").as_posix(): p.read_bytes() for p in (tmp_path / "served").rglob("*.parquet")}
     with serve(monkeypatch, files, tmp_path / "hub") as server:
-        monkeypatch.setattr(data, "_on_the_hub", ON_THE_HUB.__wrapped__)
+        monkeypatch.setattr(data, "_on_the_hub", ON_THE_HUB)
+        monkeypatch.setattr(data, "_ask_the_hub", ASK_THE_HUB.__wrapped__)
         monkeypatch.setattr(data, "HfApi", functools.partial(HfApi, endpoint=server.endpoint))
         monkeypatch.setattr(data, "snapshot_download", functools.partial(snapshot_download, endpoint=server.endpoint, cache_dir=server.cache))
         yield server
@@ -427,13 +428,25 @@ def test_book_source(hub, monkeypatch, capsys, tmp_path):
     assert book_source() == str(tmp_path) and not capsys.readouterr().out
 
 
+def test_only_an_answer_of_the_hub_is_remembered(hub, monkeypatch):
+    monkeypatch.setattr(data, "_ask_the_hub", functools.cache(data._ask_the_hub))
+    hub.online = False
+    with pytest.raises(FileNotFoundError, match="cannot be reached"):
+        load_images(limit=3)
+    hub.online = True
+    assert book_source() == DEFAULT_SOURCE and len(load_images(limit=3)) == 3  # in the same process
+    hub.asked.clear()
+    assert book_source() == DEFAULT_SOURCE and not hub.asked
+
+
 def test_a_hub_that_never_answers_is_not_waited_for(monkeypatch, capsys):
     """The line is taken, and then nothing; where the network is switched off, nobody is called at all."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         for name in ("no_proxy", "NO_PROXY"):
             monkeypatch.setenv(name, "127.0.0.1")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(data, "_on_the_hub", ON_THE_HUB.__wrapped__)
+        monkeypatch.setattr(data, "_on_the_hub", ON_THE_HUB)
+        monkeypatch.setattr(data, "_ask_the_hub", ASK_THE_HUB.__wrapped__)
         monkeypatch.setattr(data, "HfApi", functools.partial(HfApi, endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}"))
         assert book_source() == "digits" and "out of reach" in capsys.readouterr().out
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
