@@ -339,8 +339,8 @@ def list_files(
              for part in _visible(folder)
              if part.is_dir() and part.name in ("train", *_TESTS)}
     tables = {} if any(parts.values()) else _by_split(
-        file for depth in ("", "*/", "*/*/")
-        for file in sorted(folder.glob(f"{depth}*.parquet")))
+        file for depth in range(3)  # hidden ones are clutter here, too
+        for file in sorted(folder.glob("[!.]*/" * depth + "[!.]*.parquet")))
     if tables:
         return {None: pick_split(tables, split, folder), **tables}
     if alone and not parts:

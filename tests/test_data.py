@@ -311,6 +311,15 @@ PLAIN = {  # columns without the Hub's note, the classes and the labels they mus
 }
 
 
+def test_hidden_files_beside_a_table_are_left_alone(tmp_path):
+    """A Mac leaves them on foreign drives, of the same name but for a dot and an underscore."""
+    pictures = parquet(tmp_path)
+    for name in ("._train-00000-of-00001.parquet", ".hidden/train.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\0\5\x16\7")
+    assert torch.equal(load_images(tmp_path).images, to_chw(pictures))
+
+
 @pytest.mark.parametrize("kind", PLAIN)
 def test_parquet_without_a_note(tmp_path, kind):
     columns, classes, labels = PLAIN[kind]
