@@ -6,7 +6,6 @@ __all__ = ['LOADERS', 'Loader', 'Batched', 'pil_transform', 'Timm', 'make_loader
 # %% ../nbs/W3_loaders.ipynb #ee98385e
 import random
 import signal
-import weakref
 from dataclasses import replace
 from multiprocessing.util import Finalize
 
@@ -162,8 +161,8 @@ def _deaf(worker):
 
 
 def _dismiss(loader):
-    "End the workers of a weakly known loader that is there still."
-    if workers := getattr(loader(), "_iterator", None):
+    "End its workers, also while Python itself ends."
+    if workers := loader._iterator:
         workers._workers_done_event.set()
         for queue in workers._index_queues:
             queue.put(None)
@@ -184,7 +183,7 @@ class Timm(Loader):
             collate_fn=default_convert, generator=torch.Generator(),
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0, worker_init_fn=_deaf)
-        Finalize(self.loader, _dismiss, [weakref.ref(self.loader)],
+        Finalize(self, _dismiss, [self.loader],
                  exitpriority=99)  # before queues are closed
 
     def batches(self, epoch, steps):
