@@ -216,12 +216,13 @@ def read_image(
     channels: int = 3,  # 3 for colour, 1 for grey
     name: str | None = None,  # what error messages call the file
 ) -> Tensor:  # uint8 (channels, H, W)
-    """Read one picture of any size and mode.
+    """Read one picture, of up to Pillow's limit of 89 million pixels.
 
-    It is turned upright as the camera noted. With `size`, the shorter side
-    is resized (bicubic) and the middle square cut out. Raises
-    FileNotFoundError for a missing file and ValueError for one that is no
-    image; both name it.
+    It is turned upright as the camera noted. Of numbers with more than 8
+    bits (modes I) the upper 8 of 16 count: 0 to 255 are black. With `size`,
+    the shorter side is resized (bicubic) and the middle square cut out.
+    Raises FileNotFoundError for a missing file and ValueError for one that
+    is no image, too large, or of floats (mode F); both name it.
     """
     name = str(file) if name is None else name
     file = file if hasattr(file, "read") else expand(file)

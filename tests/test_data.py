@@ -203,6 +203,7 @@ MODES = {  # a picture of each mode, and the RGB that must come out
     "half glass": (Image.new("RGBA", (5, 4), (0, 0, 0, 128)), (127, 127, 127)),
     "LA": (Image.new("LA", (5, 4), (40, 255)), (40, 40, 40)),
     "16 bit": (Image.fromarray(np.full((4, 5), 0x80FF, np.uint16)), (128, 128, 128)),
+    "32 bit, small numbers": (Image.fromarray(np.full((4, 5), 0xFF, np.int32)), (0, 0, 0)),
 }
 
 
