@@ -126,7 +126,6 @@ def claimed(
             import fcntl
             handle = stack.enter_context(open(file, "w"))
             os.register_at_fork(after_in_child=handle.close)  # not theirs
-            os.register_at_fork(after_in_child=handle.close)  # not theirs
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             mine = os.path.samestat(os.stat(file), os.fstat(handle.fileno()))
             if mine:
