@@ -335,8 +335,10 @@ def normalize(
     _check(images, "torch.uint8, or floats")
     top = 255 if images.dtype == torch.uint8 else 1
     scale, shift = _scale(mean, std, images.shape[1], images.device, top)
-    out = torch.empty_like(images, dtype=dtype)
-    return torch.addcmul(shift[..., None], images, scale[..., None], out=out)
+    out = None if images.requires_grad else torch.empty_like(
+        images, dtype=dtype)
+    return torch.addcmul(shift[..., None], images, scale[..., None],
+                         out=out).to(dtype)
 
 
 def _scale(mean, std, c, device, top=255):

@@ -125,6 +125,7 @@ def claimed(
         try:
             import fcntl
             handle = stack.enter_context(open(file, "w"))
+            os.register_at_fork(after_in_child=handle.close)  # not theirs
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             mine = os.path.samestat(os.stat(file), os.fstat(handle.fileno()))
             if mine:

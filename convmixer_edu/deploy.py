@@ -67,8 +67,10 @@ def fold_norms(
     Raises `ValueError` for another kind of network, or where a BatchNorm
     multiplies a channel by zero."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    parts = [*model.children()]
-    expect(len(parts) >= 7 and len(norms) == 2*len(parts[3:-3]) + 1,
+    parts, names = [*model.children()], model.state_dict().keys()
+    expect(len(parts) >= 7 and len(norms) == 2*len(parts[3:-3]) + 1 and all(
+        {f"{i}.0.fn.2.bias", f"{i}.3.bias"} <= names
+        for i in range(3, len(parts) - 3)),
            f"the network is a {type(model).__name__}",
            "a ConvMixer of this package, with the parts of the six lines")
     expect(all(affine(norm)[0].all() for norm in norms),

@@ -96,7 +96,10 @@ def main():
         import train  # timm's, not ours
         timms = train.create_scheduler_v2
         sys.argv[1:] = imagenet_flags(int(gpus), given.batch_size) + others
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError) as error:
+        if isinstance(error, ImportError) and error.name != "train":
+            sys.exit(f"timm's train.py cannot import {error.name or error}: "
+                     "install it, or a version that fits")
         sys.exit("timm's train.py is not here: put it into this folder, it "
                  "lies in timm's repository")
     except ValueError as error:

@@ -195,7 +195,7 @@ def evaluate(
 # %% ../nbs/W8_inference.ipynb #b4809e69
 def predict(
     run: str | os.PathLike,  # a run's folder
-    paths: list,  # image files of any size and mode, or folders of such
+    paths: list,  # pictures that `read_image` takes, or folders of such
     top: int = 5,  # so many classes for each
 ) -> list[list[tuple[str, float]]]:  # (class, probability), best first
     """What a trained model sees in pictures

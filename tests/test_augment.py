@@ -370,6 +370,15 @@ def test_normalize(tiles, dtype):
     assert torch.allclose(normalize(tiles, torch.tensor(mean), torch.tensor(std)), expected.float(), atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_normalize_lets_gradients_through(dtype):
+    images = torch.rand(2, 3, 4, 4, requires_grad=True)
+    out = normalize(images, (0.5,) * 3, (0.25, 0.5, 1.0), dtype)
+    assert torch.equal(out, normalize(images.detach(), (0.5,) * 3, (0.25, 0.5, 1.0), dtype))
+    out.sum().backward()
+    assert torch.equal(images.grad, torch.tensor([4.0, 2.0, 1.0]).view(3, 1, 1).expand_as(images))
+
+
 def test_erasing_boxes_and_noise():
     zeros = torch.zeros(4000, 3, 32, 32)
     out = erased(zeros, 0.25, rng())

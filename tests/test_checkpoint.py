@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from convmixer_edu.checkpoint import (Backup, CheckpointError, collect, copy_checked, keyed_generator, latest,
+from convmixer_edu.checkpoint import (Backup, CheckpointError, claimed, collect, copy_checked, keyed_generator, latest,
                                       read_checkpoint, remove_partial, restore, run_files, save_step, write_atomically,
                                       write_checkpoint)
 
@@ -138,6 +138,27 @@ def test_a_folder_without_the_right_to_write(tmp_path):
     finally:
         tmp_path.chmod(0o700)
     assert "Permission denied" in message and len(names) == 1 and step == 1
+
+
+def claim_and_copy(tell, file):
+    """A copy of the process goes on when the process itself gives the claim back."""
+    reader, writer = os.pipe()
+    with patch("convmixer_edu.checkpoint._forget"), claimed(file) as first:
+        copy = os.fork()
+        if not copy:
+            os.write(writer, b".")
+            signal.pause()
+        os.read(reader, 1)
+        with claimed(file) as meanwhile:
+            pass
+    with claimed(file) as again:
+        tell([first, meanwhile, again])
+    os.kill(copy, signal.SIGKILL)
+
+
+def test_a_claim_is_not_handed_down(tmp_path):
+    told, _ = forked.Process(claim_and_copy, tmp_path / ".lock").end()
+    assert told == [[True, False, True]]
 
 
 @pytest.fixture

@@ -26,8 +26,6 @@ from sklearn.datasets import load_digits
 
 from convmixer_edu import data
 from convmixer_edu.data import (
-    CIFAR10_MEAN,
-    CIFAR10_STD,
     DEFAULT_SOURCE,
     ImageSet,
     book_source,
@@ -37,8 +35,9 @@ from convmixer_edu.data import (
     split_holdout,
     stratified_index,
 )
+from convmixer_edu.model import CIFAR10
 
-ON_THE_HUB = data._on_the_hub
+ON_THE_HUB, ASK_THE_HUB = data._on_the_hub, data._ask_the_hub
 
 
 @pytest.fixture(autouse=True)
@@ -223,6 +222,14 @@ def test_every_mode_becomes_rgb(mode):
     assert torch.equal(out, torch.tensor(expected, dtype=torch.uint8).view(3, 1, 1).expand(3, 4, 5))
 
 
+def test_whole_numbers_below_256_are_black_and_floats_are_refused(tmp_path):
+    Image.fromarray(np.full((4, 5), 255, np.int32)).save(tmp_path / "dark.tif")
+    assert not read_image(tmp_path / "dark.tif").any()
+    Image.new("F", (5, 4)).save(tmp_path / "floats.tif")
+    with pytest.raises(ValueError, match=r"floats \(mode F\)"):
+        read_image(tmp_path / "floats.tif")
+
+
 def test_cmyk_and_a_turned_camera(tmp_path):
     Image.new("CMYK", (16, 8), (0, 255, 255, 0)).save(tmp_path / "red.jpg", quality=95)
     r, g, b = read_image(tmp_path / "red.jpg").float().mean((1, 2))
@@ -318,6 +325,15 @@ PLAIN = {  # columns without the Hub's note, the classes and the labels they mus
 }
 
 
+def test_hidden_files_beside_a_table_are_left_alone(tmp_path):
+    """A Mac leaves them on foreign drives, of the same name but for a dot and an underscore."""
+    pictures = parquet(tmp_path)
+    for name in ("._train-00000-of-00001.parquet", ".hidden/train.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\0\5\x16\7")
+    assert torch.equal(load_images(tmp_path).images, to_chw(pictures))
+
+
 @pytest.mark.parametrize("kind", PLAIN)
 def test_parquet_without_a_note(tmp_path, kind):
     columns, classes, labels = PLAIN[kind]
@@ -369,7 +385,8 @@ def hub(monkeypatch, tmp_path):
         parquet(tmp_path / "served", f"plain_text/{split}-00000-of-00001.parquet", seed=seed)
     files = {p.relative_to(tmp_path / "served").as_posix(): p.read_bytes() for p in (tmp_path / "served").rglob("*.parquet")}
     with serve(monkeypatch, files, tmp_path / "hub") as server:
-        monkeypatch.setattr(data, "_on_the_hub", ON_THE_HUB.__wrapped__)
+        monkeypatch.setattr(data, "_on_the_hub", ON_THE_HUB)
+        monkeypatch.setattr(data, "_ask_the_hub", ASK_THE_HUB.__wrapped__)
         monkeypatch.setattr(data, "HfApi", functools.partial(HfApi, endpoint=server.endpoint))
         monkeypatch.setattr(data, "snapshot_download", functools.partial(snapshot_download, endpoint=server.endpoint, cache_dir=server.cache))
         yield server
@@ -434,13 +451,25 @@ def test_book_source(hub, monkeypatch, capsys, tmp_path):
     assert book_source() == str(tmp_path) and not capsys.readouterr().out
 
 
+def test_only_an_answer_of_the_hub_is_remembered(hub, monkeypatch):
+    monkeypatch.setattr(data, "_ask_the_hub", functools.cache(data._ask_the_hub))
+    hub.online = False
+    with pytest.raises(FileNotFoundError, match="cannot be reached"):
+        load_images(limit=3)
+    hub.online = True
+    assert book_source() == DEFAULT_SOURCE and len(load_images(limit=3)) == 3  # in the same process
+    hub.asked.clear()
+    assert book_source() == DEFAULT_SOURCE and not hub.asked
+
+
 def test_a_hub_that_never_answers_is_not_waited_for(monkeypatch, capsys):
     """The line is taken, and then nothing; where the network is switched off, nobody is called at all."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         for name in ("no_proxy", "NO_PROXY"):
             monkeypatch.setenv(name, "127.0.0.1")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(data, "_on_the_hub", ON_THE_HUB.__wrapped__)
+        monkeypatch.setattr(data, "_on_the_hub", ON_THE_HUB)
+        monkeypatch.setattr(data, "_ask_the_hub", ASK_THE_HUB.__wrapped__)
         monkeypatch.setattr(data, "HfApi", functools.partial(HfApi, endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}"))
         assert book_source() == "digits" and "out of reach" in capsys.readouterr().out
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -757,7 +786,7 @@ def test_cifar10_is_the_published_one(cifar10, monkeypatch):
     assert train.images.shape == (50_000, 3, 32, 32) and test.images.shape == (10_000, 3, 32, 32)
     assert torch.bincount(train.labels).tolist() == [5000] * 10 and torch.bincount(test.labels).tolist() == [1000] * 10
     assert train.classes[:3] == ("airplane", "automobile", "bird")
-    for channel, mean, std in zip(train.images.unbind(1), CIFAR10_MEAN, CIFAR10_STD):
+    for channel, mean, std in zip(train.images.unbind(1), CIFAR10["mean"], CIFAR10["std"]):
         values = channel.double() / 255
         assert abs(values.mean() - mean) < 5e-5 and abs(values.std() - std) < 5e-5
     rest, held = split_holdout(train)

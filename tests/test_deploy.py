@@ -14,7 +14,7 @@ from convmixer_edu.deploy import (
     FromPixels, affine, clock, distance, enough, export, fold_norms, in_turn, latency, onnx_runner,
     optimize_for_inference,
 )
-from convmixer_edu.model import ConvMixer
+from convmixer_edu.model import ConvMixer, variant
 from convmixer_edu.speed import RunSettings, frozen
 
 needs_onnx = pytest.mark.skipif(
@@ -72,6 +72,9 @@ def test_affine_is_batch_norm():
 def test_what_cannot_be_folded_is_refused():
     with pytest.raises(ValueError, match="six lines"):
         fold_norms(timm.create_model("resnet18"))
+    for residual in ("none", "both"):
+        with pytest.raises(ValueError, match="six lines"):
+            fold_norms(variant(8, 2, 3, 2, residual=residual))
     model = network()
     model[3][0].fn[2].weight.data[0] = 0
     with pytest.raises(ValueError, match="by zero"):

@@ -120,6 +120,15 @@ def test_what_cannot_be_started_is_one_sentence(imagenet, tmp_path):
         assert done.returncode == 1 and told in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def test_what_timms_script_cannot_import_is_named(monkeypatch, tmp_path):
+    (tmp_path / "train.py").write_text("import yaml_or_such")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "train", raising=False)
+    monkeypatch.setattr(sys, "argv", ["imagenet"])
+    with pytest.raises(SystemExit, match="^timm's train.py cannot import yaml_or_such: install it"):
+        main()
+
+
 def test_the_papers_model_is_in_timms_registry():
     with torch.device("meta"):
         model = create_model(IMAGENET_FLAGS["model"][0])

@@ -1,8 +1,11 @@
 """The two loaders: the same recipe, repeatable from anywhere, and nothing that makes a device wait."""
 
+import os
 import random
+import signal
 from dataclasses import replace
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -76,6 +79,30 @@ def test_workers_change_nothing(data):
         break  # and an epoch that is given up leaves nothing behind
     for a, b in zip(alone.batches(3, steps[1:]), helped.batches(3, steps[1:]), strict=True):
         assert equal(a, b)
+
+
+KEPT = []
+
+
+def signalled():
+    """Workers get the signals that end a group of processes; the loader and a loop are alive when this process ends."""
+    loader = make("timm", ImageSet(torch.zeros(64, 3, 8, 8).byte(), torch.arange(64) % 4, ("a", "b", "c", "d")), workers=2)
+    batches = loader.batches(0, list(enumerate(torch.arange(64).split(4))))
+    KEPT.extend([loader, batches, next(batches)])
+    for worker in loader.loader._iterator._workers:
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGINT)
+    for _ in range(14):
+        next(batches)
+
+
+def test_signals_to_end_are_not_for_workers():
+    process = forked.context().Process(target=signalled)
+    process.start()
+    process.join(600)  # a guard, no promise
+    code = process.exitcode
+    process.kill()
+    assert code == 0
 
 
 @pytest.mark.parametrize("world", [2, 3])
