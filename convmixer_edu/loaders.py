@@ -4,10 +4,9 @@
 __all__ = ['LOADERS', 'Loader', 'Batched', 'pil_transform', 'Timm', 'make_loader']
 
 # %% ../nbs/W3_loaders.ipynb #ee98385e
+import os
 import random
-import signal
 from dataclasses import replace
-from multiprocessing.util import Finalize
 
 import numpy as np
 import torch
@@ -154,18 +153,10 @@ class _Pictures:
         return self.make(to_pil_image(self.images[index]))
 
 # %% ../nbs/W3_loaders.ipynb #deaf0001
-def _deaf(worker):
-    "In a worker: signals to end are for the process that it works for."
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _dismiss(loader):
-    "End its workers, also while Python itself ends."
-    if workers := loader._iterator:
-        workers._workers_done_event.set()
-        for queue in workers._index_queues:
-            queue.put(None)
+def _apart(worker):
+    "In a worker: what is sent to the run's group is not for it"
+    if hasattr(os, "setpgid"):  # Windows has no groups
+        os.setpgid(0, 0)
 
 # %% ../nbs/W3_loaders.ipynb #ea886ebc
 class Timm(Loader):
@@ -182,9 +173,7 @@ class Timm(Loader):
             batch_sampler=self.names, num_workers=workers,
             collate_fn=default_convert, generator=torch.Generator(),
             pin_memory=self.device.type == "cuda",
-            persistent_workers=workers > 0, worker_init_fn=_deaf)
-        Finalize(self, _dismiss, [self.loader],
-                 exitpriority=99)  # before queues are closed
+            persistent_workers=workers > 0, worker_init_fn=_apart)
 
     def batches(self, epoch, steps):
         """As `Batched.batches`; one loop at a time.
