@@ -23,7 +23,7 @@ from .ablate import (ARMS, CONTRASTS, SCALES, Contrast, Estimate,
 from .anatomy import count_macs
 from .checkpoint import claimed, write_json
 from .claims import claim
-from .data import load_images, resolve_source
+from .data import expand, load_images, resolve_source
 from .escape import markdown
 from .ledger import KEPT, adopt, archive, read_record
 from .machine import choose_device
@@ -143,7 +143,7 @@ def work(
     Several processes may do this with one folder. Stopped or killed, it
     goes on where it was. Raises `ValueError` for a folder whose records are
     not in order, and what `train` raises."""
-    out, source, wrong = Path(out), resolve_source(source), None
+    out, source, wrong = expand(out), resolve_source(source), None
     choose_device(device)  # before there is a folder
     for scale in {task.scale for task in tasks}:
         records(scale, out)  # every seal and every recipe
