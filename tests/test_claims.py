@@ -142,4 +142,4 @@ def test_the_largest_scale_counts_and_a_single_run_of_each_arm_does_not_hide_an_
     read = module._records
     monkeypatch.setattr(module, "_records", lambda scale: {
         arm: runs[:1] if scale == "light25" else runs for arm, runs in read(scale).items()})
-    assert module._ablated(claim("b3-no-scale")).how.startswith("n = 5, scale tiny")
+    assert module._ablated(claim("b3-no-scale")).how.startswith("n = 3, scale small:")
