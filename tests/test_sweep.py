@@ -471,5 +471,5 @@ def test_the_books_runs_are_linked_to_where_they_lie():
 
 def test_a_claim_that_ran_at_another_scale_only_stays_not_run():
     told = verdict("b3-no-mix")
-    assert told.word == "not run" and "scale tiny" in told.ours + told.how and "±" in told.ours
+    assert told.word == "not run" and "scale small" in told.ours + told.how and "±" in told.ours
     assert verdict("b4-256-8-p1-k13").word == "not run"
