@@ -484,7 +484,7 @@ def _show_score(result):
 def predict_command(
     paths: Annotated[list[Path], typer.Argument(
         metavar="[RUN] IMAGE...", exists=True, help="The folder of a finished "
-        "run, then pictures of any size and mode, or folders of them.")],
+        "run, then pictures of any size, or folders of them.")],
     pretrained: _option(bool, "Ask the network that comes with the package; "
                         "no RUN then.", "--pretrained") = False,
     top: _option(int, "So many classes for each.", min=1) = 5,
